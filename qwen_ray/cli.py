@@ -1,0 +1,526 @@
+"""The verbs. Each parses its options, calls one function and prints what came back.
+
+Results go to stdout, everything else to stderr; with ``--json`` stdout holds one JSON document.
+Exit codes: 0 done, 1 failed while running, 2 bad input, 3 a gate said no, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from qwen_ray import __version__
+from qwen_ray.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_GATE_SAID_NO,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    UserError,
+)
+
+Verb = Callable[[argparse.Namespace, "Output"], int]
+
+
+class Output:
+    """The one writer to stdout."""
+
+    def __init__(self, stream: TextIO, *, as_json: bool) -> None:
+        self._stream, self.as_json = stream, as_json
+
+    def result(self, value: Any, text: str) -> None:
+        """Print ``value`` as JSON under ``--json``, else ``text``."""
+        print(json.dumps(value, indent=2) if self.as_json else text, file=self._stream, flush=True)
+
+    def note(self, text: str) -> None:
+        """Progress, to stderr."""
+        print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the ``qwen-ray`` command."""
+    args = build_parser().parse_args(argv)
+    # Ray, lm-eval and wandb print to stdout as they like. Give them stderr and keep the real one.
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started us with SIGINT ignored
+        signal.signal(number, _interrupt)
+    if not sys.stderr.isatty():  # bars are for people; tqdm reads this when first imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    code = EXIT_FAILED
+    try:
+        code = args.verb(args, Output(stdout, as_json=args.json))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away
+        code = EXIT_FAILED
+    except (RuntimeError, FloatingPointError) as e:
+        print(f"failed: {e}", file=sys.stderr)
+        if os.environ.get("QWEN_RAY_DEBUG"):
+            traceback.print_exc()
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        from qwen_ray import cluster
+
+        if "ray" in sys.modules:
+            cluster.disconnect()
+    sys.exit(code)
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------- verbs
+
+
+def _demo(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.demo import run_demo, summary
+
+    comparison = run_demo(Path(args.out), note=output.note)
+    output.result(comparison, summary(comparison, Path(args.out)))
+    return EXIT_OK if comparison["verdict"] == "promote" else EXIT_GATE_SAID_NO
+
+
+def _data_prepare(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.data.prepare import prepare
+
+    report = prepare(args.domain, _pairs(args.source, "--source"), args.size, Path(args.out), seed=args.seed)
+    output.result(report.to_dict(), str(report))
+    return EXIT_OK
+
+
+def _data_sources(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.data.sources import SOURCES
+
+    rows = [
+        {
+            "name": s.name,
+            "title": s.title,
+            "license": s.licence,
+            "domain": s.domain_hint,
+            "where_to_get": s.where_to_get,
+        }
+        for s in SOURCES.values()
+    ]
+    text = "\n".join(f"{r['name']}: {r['title']} ({r['license']})\n    {r['where_to_get']}" for r in rows)
+    output.result(rows, text)
+    return EXIT_OK
+
+
+def _train(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.config import build_config
+
+    flags = {
+        "model.name": args.model,
+        "method.name": args.method,
+        "data.train": args.data,
+        "cluster.workers": args.workers,
+        "optim.max_steps": args.steps,
+        "seed": args.seed,
+        "out": args.out,
+    }
+    config = build_config(
+        Path(args.config) if args.config else None,
+        flags={key: value for key, value in flags.items() if value is not None},
+        sets=args.set,
+    )
+    if args.dry_run:
+        output.result(config.model_dump(mode="json"), config.to_yaml().rstrip())
+        return EXIT_OK
+    from qwen_ray.training.driver import ProgressBar, run_training
+
+    bar = ProgressBar()
+    try:
+        run = run_training(config, progress=bar)
+    finally:
+        bar.close()
+    value = {
+        "out": str(run.out),
+        "artifact": str(run.artifact),
+        "steps": run.steps,
+        "loss": run.loss,
+        "eval_loss": run.eval_loss,
+        "resumed_from": run.resumed_from,
+    }
+    held_out = "" if run.eval_loss is None else f", held-out {run.eval_loss:.4f}"
+    output.result(value, f"{run.steps} steps, loss {run.loss:.4f}{held_out}\n{run.artifact}")
+    return EXIT_OK
+
+
+def _eval(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.evaluation.report_text import result_table
+    from qwen_ray.evaluation.run import evaluate_endpoint, evaluate_local
+
+    result: dict[str, Any]
+    settings: dict[str, Any] = {
+        "data_dir": Path(args.data_dir) if args.data_dir else None,
+        "limit": args.limit,
+        "num_fewshot": args.fewshot,
+    }
+    if args.endpoint:
+        if args.adapter:
+            raise UserError(
+                "--adapter is a folder; an endpoint knows adapters by name", fix="--model BASE:NAME"
+            )
+        result = evaluate_endpoint(args.endpoint, args.model, args.suite, out=Path(args.out), **settings)
+    else:
+        adapter = Path(args.adapter) if args.adapter else None
+        result = evaluate_local(args.model, adapter, args.suite, out=Path(args.out), **settings)
+    shown = {key: value for key, value in result.items() if key != "items"}
+    output.result(shown, result_table(result))
+    return EXIT_OK
+
+
+def _compare(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.evaluation.compare import Gate, compare
+    from qwen_ray.evaluation.harness import read_result
+    from qwen_ray.evaluation.report_text import comparison_table
+    from qwen_ray.fsio import write_json
+
+    gate = Gate(min_gain=args.min_gain / 100, tolerance=args.tolerance / 100)
+    targets = args.targets.split(",") if args.targets else None
+    comparison = compare(
+        read_result(Path(args.baseline)), read_result(Path(args.candidate)), gate, targets=targets
+    )
+    if args.out:
+        write_json(Path(args.out), comparison)
+    output.result(comparison, comparison_table(comparison))
+    return EXIT_OK if comparison["verdict"] == "promote" else EXIT_GATE_SAID_NO
+
+
+def _serve(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray import cluster
+    from qwen_ray.serving import launch
+
+    registry = Path(args.registry) if args.registry else None
+    launch.free_port(args.host, args.port)  # before a cluster is started for nothing
+    cluster.connect(args.address, num_cpus=args.replicas + 1)
+    url = launch.start(
+        args.model,
+        registry=registry,
+        adapters=_pairs(args.adapter or [], "--adapter"),
+        host=args.host,
+        port=args.port,
+        replicas=args.replicas,
+        threads=args.threads,
+    )
+    output.result({"url": url, "pid": os.getpid()}, f"serving at {url}/v1 (Ctrl-C stops it)")
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        output.note("stopping")
+    finally:
+        launch.stop()
+    return EXIT_OK
+
+
+def _registry_list(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.registry import Registry
+
+    registry = Registry(args.registry)
+    rows = [
+        {"name": name, "versions": registry.versions(name), "aliases": registry.aliases(name)}
+        for name in registry.names()
+    ]
+    text = "\n".join(
+        f"{r['name']}: versions {', '.join(map(str, r['versions']))}"
+        + "".join(f"; {alias} -> {version}" for alias, version in r["aliases"].items())
+        for r in rows
+    )
+    output.result(rows, text or "no adapter registered")
+    return EXIT_OK
+
+
+def _registry_add(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.fsio import read_json
+    from qwen_ray.registry import LINEAGE, Registry
+
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise UserError("no such adapter folder", where=args.folder, fix="name the adapter/ folder of a run")
+    version = Registry(args.registry).publish(args.name, folder, read_json(folder / LINEAGE))
+    output.result(
+        {"ref": version.ref, "path": str(version.path)}, f"registered {version.ref} at {version.path}"
+    )
+    return EXIT_OK
+
+
+def _registry_promote(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.registry import PRODUCTION, Registry
+
+    name, _, number = args.ref.partition("@")
+    if not number.isdigit():
+        raise UserError(
+            f"'{args.ref}' is not NAME@VERSION", fix="for example: qwen-ray registry promote biology@2"
+        )
+    Registry(args.registry).point(name, PRODUCTION, int(number), reason=args.reason)
+    output.result({"name": name, PRODUCTION: int(number)}, f"{PRODUCTION} of {name} is version {number}")
+    return EXIT_OK
+
+
+def _report(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.evaluation.compare import compare
+    from qwen_ray.evaluation.harness import read_result
+    from qwen_ray.report.build import build_report
+
+    baseline, candidate = read_result(Path(args.baseline)), read_result(Path(args.candidate))
+    targets = args.targets.split(",") if args.targets else None
+    comparison = compare(baseline, candidate, targets=targets)
+    command = f"qwen-ray report {args.baseline} {args.candidate} --out {args.out}"
+    build_report(
+        Path(args.out), comparison=comparison, baseline=baseline, candidate=candidate,
+        runs=[Path(r) for r in args.run or []], commands=[command],
+    )  # fmt: skip
+    output.result({"report": args.out, "verdict": comparison["verdict"]}, args.out)
+    return EXIT_OK
+
+
+def _config_schema(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.config import json_schema
+
+    schema = json_schema()
+    output.result(schema, json.dumps(schema, indent=2))
+    return EXIT_OK
+
+
+def _config_reference(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.config import reference
+
+    text = reference()
+    output.result({"markdown": text}, text)
+    return EXIT_OK
+
+
+def _pairs(items: list[str], option: str) -> dict[str, Path]:
+    """``NAME=PATH`` options as a dict."""
+    pairs: dict[str, Path] = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise UserError(f"'{item}' is not NAME=PATH", where=option)
+        if name in pairs:
+            raise UserError(f"'{name}' is named twice", where=option)
+        pairs[name] = Path(path)
+    return pairs
+
+
+# ---------------------------------------------------------------- parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}\n  fix: see `{self.prog} --help`", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="qwen-ray",
+        description="Fine-tune a Qwen model where it is weak; prove that nothing else got worse.",
+    )
+    parser.add_argument("--version", action="version", version=f"qwen-ray {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    p = _verb(verbs, "demo", _demo, "the whole path on the embedded model, in minutes on two CPU cores")
+    _example(p, "qwen-ray demo --out runs/demo")
+    p.add_argument("--out", default="runs/demo", help="folder for everything the demo makes (%(default)s)")
+    _add_data(verbs)
+    _add_train(verbs)
+    _add_eval(verbs)
+    _add_compare(verbs)
+    _add_serve(verbs)
+    _add_registry(verbs)
+    _add_report(verbs)
+    config = _group(verbs, "config", "about configuration files")
+    p = _verb(config, "schema", _config_schema, "JSON schema of a configuration, for editors")
+    _example(p, "qwen-ray config schema > run-config.schema.json")
+    p = _verb(config, "reference", _config_reference, "every key with its default and meaning, as Markdown")
+    _example(p, "qwen-ray config reference")
+    return parser
+
+
+def _add_data(verbs: Any) -> None:
+    data = _group(verbs, "data", "prepare training data")
+    p = _verb(data, "prepare", _data_prepare, "read sources, check every record, write Record JSONL")
+    _example(
+        p,
+        "qwen-ray data prepare --domain biology --source openstax_biology=FOLDER --size 1000 "
+        "--out data/biology.jsonl",
+    )
+    p.add_argument("--domain", required=True, help="domain of the records, the name mixture weights use")
+    p.add_argument(
+        "--source",
+        required=True,
+        action="append",
+        metavar="NAME=PATH",
+        help="a source (see `data sources`) and where its files are; may be repeated",
+    )
+    p.add_argument("--size", type=_positive, help="records to keep, spread over sources and sections (all)")
+    p.add_argument("--out", required=True, help="file to write; its report goes beside it")
+    p.add_argument("--seed", type=int, default=0, help="decides which records are kept (%(default)s)")
+    p = _verb(data, "sources", _data_sources, "list the sources, their licences and where to get them")
+    _example(p, "qwen-ray data sources")
+
+
+def _add_train(verbs: Any) -> None:
+    p = _verb(verbs, "train", _train, "fine-tune with Ray Train; the same command again resumes")
+    _example(
+        p,
+        "qwen-ray train --model 3b --method lora --data data/biology.jsonl --workers 2 --out runs/bio",
+        "qwen-ray train --config run.yaml --set optim.learning_rate=1e-4 --dry-run",
+    )
+    p.add_argument("--config", metavar="FILE", help="configuration (YAML); the options below override it")
+    p.add_argument("--model", help="alias (tiny, 3b ...), hub id or folder")
+    p.add_argument("--method", help="lora or full")
+    p.add_argument(
+        "--data",
+        action="append",
+        metavar="FILE",
+        help="training data: Record JSONL, Alpaca, ShareGPT or messages; may be repeated",
+    )
+    p.add_argument("--workers", type=int, help="training workers; 0 runs in this process, without Ray")
+    p.add_argument("--steps", type=_positive, help="optimizer steps (default: by epochs)")
+    p.add_argument("--seed", type=int, help="order of the data, initial adapter weights, dropout")
+    p.add_argument("--out", help="the run's folder")
+    p.add_argument(
+        "--set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="any other key of the configuration, such as method.r=32; may be repeated",
+    )
+    p.add_argument("--dry-run", action="store_true", help="print the complete configuration and stop")
+
+
+def _add_eval(verbs: Any) -> None:
+    p = _verb(verbs, "eval", _eval, "benchmark a model, an adapter or an endpoint through lm-eval")
+    _example(
+        p,
+        "qwen-ray eval --model 3b --adapter runs/bio/adapter --suite guide --out runs/bio.json",
+        "qwen-ray eval --endpoint http://127.0.0.1:8000 --model tiny:facts --suite tiny --out r.json",
+    )
+    p.add_argument("--model", required=True, help="alias, hub id or folder; with --endpoint, an id it serves")
+    p.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter to put on the model")
+    p.add_argument("--endpoint", metavar="URL", help="benchmark what is served there, load no model")
+    p.add_argument("--suite", required=True, help="tiny (embedded) or guide (MMLU subjects and GSM8K)")
+    p.add_argument("--data-dir", metavar="FOLDER", help="the suite's original files, where there is no hub")
+    p.add_argument("--limit", type=_positive, help="items of each task (all)")
+    p.add_argument("--fewshot", type=int, help="solved examples in the prompt (the suite's own)")
+    p.add_argument("--out", required=True, help="EvalResult file to write (JSON)")
+
+
+def _add_compare(verbs: Any) -> None:
+    p = _verb(verbs, "compare", _compare, "two results, paired by item: verdict, exit 0 promote, 3 not")
+    _example(p, "qwen-ray compare runs/base.json runs/bio.json --targets biology")
+    _two_results(p)
+    p.add_argument("--min-gain", type=float, default=5.0, help="points every target must gain (%(default)g)")
+    p.add_argument("--tolerance", type=float, default=4.0, help="points a strength may lose (%(default)g)")
+    p.add_argument("--out", help="comparison file to write (JSON)")
+
+
+def _add_serve(verbs: Any) -> None:
+    p = _verb(verbs, "serve", _serve, "serve a base model and its adapters, OpenAI-compatible, on Ray Serve")
+    _example(p, "qwen-ray serve --model tiny --registry runs/demo/registry --port 8000")
+    p.add_argument("--model", required=True, help="base model: alias, hub id or folder")
+    p.add_argument("--registry", metavar="FOLDER", help="adapters served as BASE:NAME[@VERSION]")
+    p.add_argument(
+        "--adapter",
+        action="append",
+        metavar="NAME=FOLDER",
+        help="serve a PEFT folder as BASE:NAME; may be repeated",
+    )
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    p.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
+    p.add_argument("--replicas", type=_positive, default=1, help="engine replicas (%(default)s)")
+    p.add_argument("--threads", type=_positive, default=1, help="CPU threads of a replica (%(default)s)")
+    p.add_argument("--address", help="Ray cluster to join (default: one of its own)")
+
+
+def _add_registry(verbs: Any) -> None:
+    registry = _group(verbs, "registry", "adapter versions and what is in production")
+    p = _verb(registry, "list", _registry_list, "names, versions and aliases")
+    _example(p, "qwen-ray registry list --registry runs/demo/registry")
+    _registry_option(p)
+    p = _verb(registry, "add", _registry_add, "publish a trained adapter as the next version of a name")
+    _example(p, "qwen-ray registry add biology runs/bio/adapter")
+    p.add_argument("name", help="adapter name: lower-case letters, digits, dot, dash")
+    p.add_argument("folder", help="PEFT folder with lineage.json, as a run leaves it")
+    _registry_option(p)
+    p = _verb(registry, "promote", _registry_promote, "point `production` at a version")
+    _example(p, "qwen-ray registry promote biology@2 --reason 'verdict of runs/comparison.json'")
+    p.add_argument("ref", help="NAME@VERSION")
+    p.add_argument("--reason", required=True, help="kept in the alias's log")
+    _registry_option(p)
+
+
+def _add_report(verbs: Any) -> None:
+    p = _verb(verbs, "report", _report, "one self-contained HTML page: curves, before/after, verdict")
+    _example(p, "qwen-ray report runs/base.json runs/bio.json --run runs/bio --out runs/report.html")
+    _two_results(p)
+    p.add_argument(
+        "--run", action="append", metavar="FOLDER", help="training run whose curve to show; may be repeated"
+    )
+    p.add_argument("--out", required=True, help="HTML file to write")
+
+
+def _two_results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("baseline", help="EvalResult before")
+    parser.add_argument("candidate", help="EvalResult after")
+    parser.add_argument(
+        "--targets", help="comma-separated categories that must gain; the others must not lose (the suite's)"
+    )
+
+
+def _example(parser: argparse.ArgumentParser, *commands: str) -> None:
+    parser.epilog = "\n".join(["example:", *(f"  {command}" for command in commands)])
+
+
+def _verb(parent: Any, name: str, run: Verb, help_text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = parent.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, alone on stdout")
+    parser.set_defaults(verb=run)
+    return parser
+
+
+def _group(parent: Any, name: str, help_text: str) -> Any:
+    parser = parent.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+    return parser.add_subparsers(metavar="VERB", required=True)
+
+
+def _registry_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--registry", default="registry", metavar="FOLDER", help="the registry's folder (%(default)s)"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+if __name__ == "__main__":
+    main()

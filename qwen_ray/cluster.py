@@ -1,0 +1,62 @@
+"""Joining a Ray cluster, or starting one on this machine, with settings that are set in one place."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+
+from qwen_ray.errors import UserError
+
+# Set before Ray is imported. Without the first, identical lines of different ranks are swallowed; the
+# second stops Ray Train from printing every worker line twice; the third bounds how long `report` waits.
+_ENVIRONMENT = {
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
+    """Join the cluster at ``address`` (or $RAY_ADDRESS), else start one on this machine.
+
+    ``num_cpus`` is the number of logical CPUs of a cluster started here: Ray lends none, so a run that
+    trains and serves at once needs one for each worker and replica. Does nothing if already connected.
+    """
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    local = address == "local"
+    # Ray's own handlers end the process with a stack trace; ours stop what is running and say so.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(
+            address=address,
+            num_cpus=max(num_cpus or 0, os.cpu_count() or 1) if local else None,
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+        )
+    except ConnectionError as e:
+        raise UserError(
+            f"no Ray cluster answers: {str(e).splitlines()[0]}",
+            where=address,
+            fix="start one with `ray start --head`, or leave the address out to start one here",
+        ) from e
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def disconnect() -> None:
+    """Leave the cluster; a cluster that :func:`connect` started ends with this process."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()

@@ -1,0 +1,328 @@
+"""RunConfig: the one typed tree that says what a run is. Unknown keys are refused.
+
+Layers, later ones win: the defaults below, the method's, the model's preset, a YAML file, command-line
+flags, ``--set key=value``. What comes out is complete: it is written beside the run and reproduces it.
+"""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from qwen_ray import models
+from qwen_ray.errors import UserError, did_you_mean
+
+
+class Section(BaseModel):
+    """A part of the tree. The docstring under a field is its help text and goes into the JSON schema."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    name: str = "tiny"
+    """Alias (tiny, 0.5b ... 32b, 3b-instruct ...), hub id (OWNER/NAME) or folder."""
+
+
+class MethodConfig(Section):
+    name: Literal["lora", "full"] = "lora"
+    """What is trained: a low-rank adapter, or every weight."""
+    r: Annotated[int, Field(ge=1, le=1024)] = 16
+    """LoRA rank."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """LoRA scale: the update is multiplied by alpha / r (alpha / sqrt(r) with rslora)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Dropout on the adapter's input while training."""
+    targets: Literal["all-linear", "qv"] | list[str] = "all-linear"
+    """Which linear layers get an adapter: all but the output head, q_proj and v_proj only, or by name."""
+    rslora: bool = False
+    """Rank-stabilised scaling, alpha / sqrt(r) (arXiv 2312.03732)."""
+
+
+class DataConfig(Section):
+    train: list[str] = []
+    """Data files: Record JSONL, Alpaca, ShareGPT or messages."""
+    validation: list[str] = []
+    """Data files never trained on, for the validation loss. Empty: hold out validation_fraction."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.02
+    """Share of the training records held out (by a hash of their id) when no validation file is given."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Share of each domain in what is trained on, whatever the sizes of the files. Empty: by size."""
+    unit: Literal["examples", "tokens"] = "examples"
+    """What the weights count."""
+    max_length: Annotated[int, Field(ge=8)] = 2048
+    """Length of a row in tokens. Longer records are cut at the end, and counted."""
+    packing: bool = True
+    """Put several records into a row, isolated from one another. Off: one record a row."""
+
+
+class OptimConfig(Section):
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate. Default 2e-4 for LoRA, 2e-5 for full fine-tuning."""
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the mixture; a pass ends when the first domain is used up. Ignored with max_steps."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps; overrides epochs."""
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    """Rows of one worker in one forward pass."""
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 8
+    """Forward passes a step. Rows a step: batch_size x gradient_accumulation x workers."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps of linear warm-up (at most half of the run)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after warm-up."""
+    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Where the schedule ends, as a share of the peak."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this global norm."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's momentum coefficients."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+
+
+class StrategyConfig(Section):
+    name: Literal["auto", "ddp"] = "auto"
+    """How the model is spread over workers. ddp: one whole copy each."""
+
+
+class ClusterConfig(Section):
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Training workers. 0: run in this process, without Ray."""
+    address: str | None = None
+    """Ray cluster to join. Default: $RAY_ADDRESS, else a cluster of its own on this machine."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """Logical CPUs reserved for a worker; also its number of threads."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    """GPUs reserved for a worker. Default: 1 if the cluster has that many GPUs, else 0."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often a lost worker group is started again from the newest checkpoint."""
+
+
+class EvaluateConfig(Section):
+    every_steps: Annotated[int, Field(ge=1)] = 50
+    """Validation loss every so many steps, and at the end."""
+
+
+class CheckpointConfig(Section):
+    every_steps: Annotated[int, Field(ge=1)] = 100
+    """A checkpoint every so many steps, and at the end."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """How many of the newest are kept."""
+
+
+class TrackingConfig(Section):
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online when an API key is set, else offline files inside the run's folder."""
+    project: str = "qwen-ray"
+    """The wandb project."""
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML 1.1 reads a bare off as false
+
+
+class RunConfig(Section):
+    """Everything that decides a training run."""
+
+    model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the GPU has it, fp16 with loss scaling where not, fp32 on a CPU."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides the order of the data, the adapter's initial weights and dropout."""
+    out: str = "runs/train"
+    """The run's folder: configuration, checkpoints, metrics, adapter."""
+
+    @model_validator(mode="after")
+    def _storage_is_a_path(self) -> RunConfig:
+        if "://" in self.out:
+            raise ValueError(f"out: '{self.out}' is a URI; this version writes to a local or mounted folder")
+        return self
+
+    def to_yaml(self) -> str:
+        """The complete configuration as YAML, headed by the command that runs it."""
+        body = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return f"# qwen-ray train --config THIS_FILE\n{body}"
+
+
+# Defaults that depend on the method (dotted keys), below the model's preset.
+_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"full": {"optim.learning_rate": 2e-5}}
+
+
+def build_config(
+    file: Path | None = None,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    sets: list[str] | None = None,
+) -> RunConfig:
+    """Build the complete configuration from a YAML file, flags (dotted keys) and ``key=value`` strings.
+
+    Raises :class:`UserError` naming the key, where it stands and the nearest valid name.
+    """
+    user: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    if file is not None:
+        user = _read_yaml(file)
+    for key, value in (flags or {}).items():
+        _put(user, key, value, where=f"--{key}")
+        origin[key] = f"--{key.split('.')[-1].replace('_', '-')}"
+    for item in sets or []:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise UserError(
+                f"'{item}' is not key=value", where="--set", fix="for example --set optim.epochs=2"
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _put(user, key.strip(), _number(value), where=f"--set {item}")
+        origin[key.strip()] = f"--set {item}"
+    where = str(file) if file else "configuration"
+    method = _get(user, "method.name", "lora")
+    preset = models.resolve(str(_get(user, "model.name", "tiny"))).preset
+    merged: dict[str, Any] = {}
+    for layer in (_METHOD_DEFAULTS.get(str(method), {}), preset.get("all", {}), preset.get(str(method), {})):
+        for key, value in layer.items():
+            _put(merged, key, value, where="preset")
+    _merge(merged, user)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as e:
+        raise _user_error(e, where, origin) from None
+
+
+def read_config(file: Path) -> RunConfig:
+    """Read a complete configuration, as :meth:`RunConfig.to_yaml` writes it."""
+    return build_config(file)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a configuration file, for editors."""
+    schema = RunConfig.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+def reference() -> str:
+    """Every key, its type, default and meaning, as a Markdown table (docs/configuration.md)."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines += [_row(f"{name}.{key}", inner) for key, inner in field.annotation.model_fields.items()]
+        else:
+            lines.append(_row(name, field))
+    return "\n".join(lines)
+
+
+def _row(key: str, field: FieldInfo) -> str:
+    default = json.dumps(field.get_default(call_default_factory=True))
+    choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
+    one_of = f" One of {', '.join(f'`{c}`' for c in choices)}." if choices else ""
+    meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+    return f"| `{key}` | `{default}` | {meaning}{one_of} |"
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError("no such configuration file", where=str(file), fix="check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"not valid YAML ({getattr(e, 'problem', e)})", where=f"{file}{line}") from None
+    if not isinstance(value, dict):
+        raise UserError(
+            "a configuration is a mapping of sections", where=str(file), fix="see docs/configuration.md"
+        )
+    return typing.cast(dict[str, Any], _number(value))
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 as text; everybody means the number."""
+    if isinstance(value, dict):
+        return {k: _number(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_number(v) for v in value]
+    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any, *, where: str) -> None:
+    *parents, last = dotted.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"'{name}' is a value, not a section", where=where)
+    tree[last] = value
+
+
+def _get(tree: dict[str, Any], dotted: str, default: Any) -> Any:
+    for name in dotted.split("."):
+        if not isinstance(tree, dict) or name not in tree:
+            return default
+        tree = tree[name]
+    return tree
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _user_error(error: ValidationError, where: str, origin: Mapping[str, str]) -> UserError:
+    """The first problem, in words; unknown keys before wrong values, as they often explain them."""
+    problems = error.errors(include_url=False)
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    loc = [
+        str(part) for part in first["loc"] if not str(part).startswith(("literal[", "list[", "constrained-"))
+    ]
+    key = ".".join(loc)
+    where = origin.get(key, where)
+    if first["type"] == "extra_forbidden":
+        everywhere = [".".join((s, f)) for s in RunConfig.model_fields for f in _fields_at([s])]
+        namesake = next((k for k in everywhere if k.endswith(f".{loc[-1]}")), None)
+        valid = [".".join([*loc[:-1], name]) for name in _fields_at(loc[:-1])]
+        fix = f"did you mean '{namesake}'?" if namesake else did_you_mean(key, valid)
+        return UserError(f"unknown key '{key}'", where=where, fix=fix)
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+    return UserError(
+        f"'{key}': {message}{got}" if key else message, where=where, fix="see docs/configuration.md"
+    )
+
+
+def _fields_at(loc: list[str]) -> list[str]:
+    model: Any = RunConfig
+    for name in loc:
+        field = model.model_fields.get(name)
+        model = field.annotation if field else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return list(model.model_fields)

@@ -1,0 +1,11 @@
+"""OpenStax *U.S. History* (2014)."""
+
+from qwen_ray.data.sources.openstax import book
+
+SOURCE = book(
+    "openstax_us_history",
+    title="OpenStax U.S. History (2014): exercises with solutions and glossary",
+    domain_hint="history",
+    repository="philschatz/us-history-book",
+    commit="635ed5914eb2ea3768169b88e1119587cb037e82",
+)

@@ -1,0 +1,1 @@
+"""Benchmarks through lm-eval, and honest comparison of their results."""

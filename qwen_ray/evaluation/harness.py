@@ -1,0 +1,128 @@
+"""Running a suite through lm-eval, and the EvalResult that comes out."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from qwen_ray.errors import UserError
+from qwen_ray.evaluation.statistics import wilson
+from qwen_ray.evaluation.suites import Category, Suite
+from qwen_ray.fsio import read_json
+
+SCHEMA = "qwen-ray/eval-result/1"
+SEED = 1234
+
+
+def evaluate(
+    suite: Suite,
+    lm: Any,
+    *,
+    model: str,
+    adapter: str | None = None,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+) -> dict[str, Any]:
+    """Run every task of ``suite`` on an lm-eval ``LM`` and return an EvalResult (JSON-ready).
+
+    ``limit`` is the number of items of each task; ``num_fewshot`` overrides the tasks' own.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    if data_dir is not None and not data_dir.is_dir():
+        raise UserError("no such folder", where=f"--data-dir {data_dir}", fix="check the path")
+    # It warns once a task that loaders take arguments; that is how ours are meant.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    metadata = {"data_dir": str(data_dir)} if data_dir else {}
+    manager = TaskManager(include_path=str(suite.folder), include_defaults=False, metadata=metadata)
+    tasks = [task for category in suite.categories for task in category.tasks]
+    # It would note the git commit of whatever folder this runs in, and complain where there is none.
+    with patch("lm_eval.evaluator.get_git_commit_hash", return_value=None):
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=tasks,
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            bootstrap_iters=0,
+            log_samples=True,
+            random_seed=SEED,
+            numpy_random_seed=SEED,
+            torch_random_seed=SEED,
+            fewshot_random_seed=SEED,
+        )
+    items = [item for category in suite.categories for item in _items(category, results["samples"])]
+    summaries = {c.name: _summary(c, items) for c in suite.categories}
+    return {
+        "schema": SCHEMA,
+        "model": model,
+        "adapter": adapter,
+        "suite": suite.name,
+        "suite_version": suite.version,
+        "description": suite.description,
+        "settings": {"limit": limit, "num_fewshot": num_fewshot, "seed": SEED, "confidence": 0.95},
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("qwen-ray", "lm-eval", "transformers", "torch")},
+        },
+        "categories": {c.name: summaries[c.name] for c in suite.categories if c.role != "control"},
+        "controls": {
+            c.name: {**summaries[c.name], "explanation": c.explanation}
+            for c in suite.categories
+            if c.role == "control"
+        },
+        "items": items,
+    }
+
+
+def _items(category: Category, samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row an item: its score from 0 to 1, what was answered, and an id that pairs it across models."""
+    rows = []
+    for task in category.tasks:
+        for sample in samples[task]:
+            if category.filter is not None and sample["filter"] != category.filter:
+                continue
+            answer = sample["filtered_resps"][0]
+            if category.metric == "acc":  # (log-likelihood, is greedy) of each choice
+                likelihoods = [float(choice[0]) for choice in sample["filtered_resps"]]
+                answer = likelihoods.index(max(likelihoods))
+            rows.append(
+                {
+                    "category": category.name,
+                    "task": task,
+                    "id": str(sample["doc"].get("id") or f"{task}/{sample['doc_hash'][:16]}"),
+                    "score": float(sample[category.metric]),
+                    "answer": answer,
+                    "target": sample["target"],
+                }
+            )
+    return rows
+
+
+def _summary(category: Category, items: list[dict[str, Any]]) -> dict[str, Any]:
+    scores = [item["score"] for item in items if item["category"] == category.name]
+    return {
+        "role": category.role,
+        "metric": category.metric,
+        "n": len(scores),
+        "score": sum(scores) / len(scores),
+        "ci": list(wilson(sum(scores), len(scores))),
+    }
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read an EvalResult file; :class:`UserError` if it is something else."""
+    result = read_json(path)
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+        raise UserError(
+            "not a result of `qwen-ray eval`", where=str(path), fix="make one with `qwen-ray eval --out FILE`"
+        )
+    return dict(result)

@@ -1,0 +1,66 @@
+"""Benchmarking a model in this process or one that is served, and writing the EvalResult."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qwen_ray import models
+from qwen_ray.errors import UserError
+from qwen_ray.evaluation import suites
+from qwen_ray.evaluation.harness import evaluate
+from qwen_ray.fsio import write_json
+
+
+def evaluate_endpoint(
+    url: str, model: str, suite: str, *, out: Path, api_key: str | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Benchmark ``model``, an id that the server at ``url`` lists. ``settings`` as :func:`evaluate` takes."""
+    from qwen_ray.evaluation.lm import QwenRayLM
+    from qwen_ray.serving.backends import EndpointBackend
+
+    chosen = suites.load(suite)
+    backend = EndpointBackend(url, model, api_key)
+    try:
+        base, _, adapter = model.partition(":")
+        result = evaluate(chosen, QwenRayLM(backend), model=base, adapter=adapter or None, **settings)
+    finally:
+        backend.close()
+    result["settings"]["endpoint"] = True
+    write_json(out, result)
+    return result
+
+
+def evaluate_local(
+    model: str, adapter: Path | None, suite: str, *, out: Path, **settings: Any
+) -> dict[str, Any]:
+    """Load ``model``, put the PEFT folder ``adapter`` on it, and benchmark it in this process."""
+    chosen = suites.load(suite)
+    ref = models.resolve(model)
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise UserError(
+            "not a PEFT adapter folder: adapter_config.json is missing",
+            where=str(adapter),
+            fix="name the adapter/ folder of a training run",
+        )
+    import torch
+
+    from qwen_ray.evaluation.lm import QwenRayLM
+    from qwen_ray.serving.backends import EngineBackend
+    from qwen_ray.serving.engines.torch import TorchEngine
+
+    on_gpu = torch.cuda.is_available()
+    engine = TorchEngine.load(
+        ref, dtype=torch.bfloat16 if on_gpu else torch.float32, device="cuda" if on_gpu else "cpu"
+    )
+    key = None
+    if adapter is not None:
+        key = "adapter"
+        engine.add_adapter(key, adapter)
+    backend = EngineBackend(engine, models.load_tokenizer(ref), key)
+    result = evaluate(
+        chosen, QwenRayLM(backend), model=ref.id, adapter=str(adapter) if adapter else None, **settings
+    )
+    result["settings"]["endpoint"] = False
+    write_json(out, result)
+    return result

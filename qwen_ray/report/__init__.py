@@ -1,0 +1,1 @@
+"""The before/after report: one HTML file that needs nothing but itself."""

@@ -1,0 +1,370 @@
+"""Completions and chat: requests to scheduler jobs, and results to OpenAI's response objects."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from qwen_ray.errors import UserError
+from qwen_ray.serving.engines.base import (
+    Alternatives,
+    GenerateRequest,
+    GenerateResult,
+    ScoreResult,
+    TokenEvent,
+)
+from qwen_ray.serving.engines.packing import check_ids
+from qwen_ray.serving.engines.torch import TorchEngine, prompt_item
+from qwen_ray.serving.protocol import ChatRequest, CompletionRequest
+from qwen_ray.serving.scheduler import Generation, Scheduler
+
+Json = dict[str, Any]
+
+# OpenAI's value for "next to impossible"; JSON has no infinity.
+_FLOOR = -9999.0
+
+
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can carry it."""
+    return logprob if math.isfinite(logprob) else _FLOOR
+
+
+@dataclass
+class Plan:
+    """A request in token terms. Choice ``p * n + j`` is the j-th of prompt p."""
+
+    kind: str  # "completion" or "chat"
+    model: str
+    adapter: str | None
+    prompts: list[list[int]]
+    texts: list[str]  # echoed before the answer; empty without echo
+    generate: list[GenerateRequest]
+    score_prompts: bool = False  # log-probabilities of the prompts are wanted
+    top: int | None = None
+    usage_in_stream: bool = False
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def from_score(self) -> bool:
+        """lm-eval's form, echo + logprobs + one greedy token: the scoring forward already has that token."""
+        return self.score_prompts and all(g.max_tokens == 1 and g.temperature == 0 for g in self.generate)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+
+class Completions:
+    """Runs plans on a scheduler. All methods belong to one event loop."""
+
+    def __init__(self, engine: TorchEngine, scheduler: Scheduler) -> None:
+        self._engine, self._scheduler = engine, scheduler
+        self.token_text = lru_cache(maxsize=2**17)(lambda token: str(engine.tokenizer.decode([token])))
+
+    # -- plans
+
+    def plan_completion(self, body: CompletionRequest, adapter: str | None) -> Plan:
+        """Tokenise and check; :class:`UserError` names what is wrong."""
+        prompts, texts = self._prompts(body)
+        plan = Plan(
+            "completion", body.model, adapter, prompts, texts if body.echo else [], [], top=body.logprobs
+        )
+        plan.score_prompts = body.echo and body.logprobs is not None
+        plan.usage_in_stream = body.stream_options.include_usage
+        plan.id = f"cmpl-{uuid.uuid4().hex}"
+        self._fill(plan, body, body.max_tokens, body.logprobs)
+        if plan.score_prompts:
+            for prompt in prompts:
+                self._engine.check_score(prompt_item(adapter, prompt, top=body.logprobs or 0))
+        return plan
+
+    def plan_chat(self, body: ChatRequest, adapter: str | None) -> Plan:
+        """Render the conversation with the model's template, tokenise and check."""
+        from jinja2 import TemplateError
+
+        if body.top_logprobs and not body.logprobs:
+            raise UserError("top_logprobs needs logprobs", where="top_logprobs", fix="set logprobs to true")
+        messages = [message.model_dump(include={"role", "content"}) for message in body.messages]
+        try:
+            text = self._engine.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, ValueError) as e:
+            raise UserError(
+                f"the model's chat template refuses this conversation: {e}", where="messages"
+            ) from None
+        prompt = self._encode(str(text), special=False)
+        top = body.top_logprobs if body.logprobs else None
+        plan = Plan("chat", body.model, adapter, [prompt], [], [], top=top)
+        plan.usage_in_stream = body.stream_options.include_usage
+        plan.id = f"chatcmpl-{uuid.uuid4().hex}"
+        limit = body.max_completion_tokens or body.max_tokens or self._engine.context_length
+        self._fill(plan, body, limit, top)
+        return plan
+
+    def _fill(self, plan: Plan, body: CompletionRequest | ChatRequest, limit: int, top: int | None) -> None:
+        if limit == 0:
+            return
+        for prompt in plan.prompts:
+            for j in range(body.n):
+                plan.generate.append(
+                    GenerateRequest(
+                        plan.adapter,
+                        prompt,
+                        limit,
+                        temperature=body.temperature,
+                        top_p=body.top_p,
+                        seed=None if body.seed is None else body.seed + j,
+                        stop=body.stop,
+                        logprobs=top,
+                    )
+                )
+        if not plan.from_score:  # that form may fill the context: its token comes from the scoring forward
+            for request in plan.generate:
+                self._engine.check_generate(request)
+
+    def _prompts(self, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
+        given: Any = body.prompt
+        if isinstance(given, str) or isinstance(given[0], int):
+            given = [given]
+        prompts, texts = [], []
+        for prompt in given:
+            if isinstance(prompt, str):
+                ids, text = self._encode(prompt), prompt
+            else:
+                ids = list(prompt)
+                check_ids(ids, "prompt", vocabulary=self._engine.vocabulary)
+                text = str(self._engine.tokenizer.decode(ids)) if body.echo else ""
+            if not ids:
+                raise UserError("the prompt is empty", where="prompt", fix="give at least one token")
+            prompts.append(ids)
+            texts.append(text)
+        return prompts, texts
+
+    def _encode(self, text: str, *, special: bool = True) -> list[int]:
+        return list(self._engine.tokenizer.encode(text, add_special_tokens=special, verbose=False))
+
+    # -- whole answers
+
+    async def run(self, plan: Plan) -> Json:
+        """The response object of a request that is not streamed."""
+        scored = await self._score(plan)
+        running = [] if plan.from_score else [self._scheduler.generate(request) for request in plan.generate]
+        try:
+            results = [await asyncio.wrap_future(generation.future) for generation in running]
+        finally:
+            for generation in running:  # all done, unless one failed or the client went away
+                generation.cancel()
+        if plan.from_score:
+            results = [
+                self._next_as_result(plan, scored[i // self._n(plan)]) for i in range(len(plan.generate))
+            ]
+        n = self._n(plan)
+        choices = []
+        for i in range(len(plan.prompts) * n):
+            result = results[i] if results else GenerateResult([], "", "length")
+            choices.append(self._choice(plan, i, result, scored[i // n] if scored else None))
+        return self._envelope(plan, choices) | {"usage": _usage(plan, results)}
+
+    @staticmethod
+    def _n(plan: Plan) -> int:
+        return max(1, len(plan.generate) // len(plan.prompts))
+
+    async def _score(self, plan: Plan) -> list[ScoreResult]:
+        if not plan.score_prompts:
+            return []
+        items = [prompt_item(plan.adapter, prompt, top=plan.top or 0) for prompt in plan.prompts]
+        return await asyncio.wrap_future(self._scheduler.score(items))
+
+    def _next_as_result(self, plan: Plan, scored: ScoreResult) -> GenerateResult:
+        top = scored.next_token or []
+        token, logprob = top[0]
+        ends = token in self._engine.eos_ids
+        text = "" if ends else self.token_text(token)
+        return GenerateResult([token], text, "stop" if ends else "length", [logprob], [top[: plan.top]])
+
+    def _choice(self, plan: Plan, index: int, result: GenerateResult, scored: ScoreResult | None) -> Json:
+        if plan.kind == "chat":
+            logprobs = None
+            if plan.top is not None:
+                entries = zip(result.ids, result.logprobs, result.top, strict=True)
+                logprobs = {"content": [self._chat_logprob(*entry) for entry in entries], "refusal": None}
+            message = {"role": "assistant", "content": result.text, "refusal": None}
+            return {
+                "index": index,
+                "message": message,
+                "logprobs": logprobs,
+                "finish_reason": result.finish_reason,
+            }
+        prompt = index // self._n(plan)
+        echoed = plan.texts[prompt] if plan.texts else ""
+        block_body: Json | None = None
+        if plan.top is not None:
+            block = LogprobBlock(self)
+            if scored is not None:
+                block.add_prompt(plan.prompts[prompt], scored)
+            for token, logprob, top in zip(result.ids, result.logprobs, result.top, strict=True):
+                block.add(token, logprob, top)
+            block_body = block.body
+        text = echoed + result.text
+        return {"index": index, "text": text, "logprobs": block_body, "finish_reason": result.finish_reason}
+
+    def _chat_logprob(self, token: int, logprob: float, top: Alternatives) -> Json:
+        def entry(token: int, logprob: float) -> Json:
+            text = self.token_text(token)
+            return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+
+        return entry(token, logprob) | {"top_logprobs": [entry(*pair) for pair in top]}
+
+    @staticmethod
+    def _envelope(plan: Plan, choices: Sequence[Json], *, chunk: bool = False) -> Json:
+        kind = {"completion": "text_completion", "chat": "chat.completion"}[plan.kind]
+        if chunk and plan.kind == "chat":
+            kind += ".chunk"
+        return {
+            "id": plan.id,
+            "object": kind,
+            "created": plan.created,
+            "model": plan.model,
+            "choices": list(choices),
+        }
+
+    # -- streams
+
+    async def stream(self, plan: Plan) -> AsyncIterator[Json]:
+        """Response chunks. What can fail before the first token fails before the first chunk."""
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[tuple[int, TokenEvent | None]] = asyncio.Queue()
+
+        def tell(index: int, event: TokenEvent | None) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+
+        scored = await self._score(plan)
+        running: list[Generation] = []
+        try:
+            for i, request in enumerate(plan.generate):
+                generation = self._scheduler.generate(request, lambda event, i=i: tell(i, event))  # type: ignore[misc]
+                generation.future.add_done_callback(lambda _, i=i: tell(i, None))  # type: ignore[misc]
+                running.append(generation)
+            offsets = [0] * len(running)
+            opened = False
+            left = len(running)
+            while left:
+                index, event = await queue.get()
+                if event is None:
+                    left -= 1
+                    running[index].future.result()  # raises what the generation raised
+                    continue
+                if not opened:
+                    opened = True
+                    for chunk in self._opening(plan, scored, offsets):
+                        yield chunk
+                yield self._chunk(plan, index, event, offsets)
+            if not opened:
+                for chunk in self._opening(plan, scored, offsets or [0] * len(plan.prompts)):
+                    yield chunk
+            if plan.usage_in_stream:
+                results = [generation.future.result() for generation in running]
+                yield self._envelope(plan, [], chunk=True) | {"usage": _usage(plan, results)}
+        finally:
+            for generation in running:
+                generation.cancel()
+
+    def _opening(self, plan: Plan, scored: Sequence[ScoreResult], offsets: list[int]) -> list[Json]:
+        """What comes before the first token: the assistant's role, or the echoed prompt."""
+        out = []
+        for i in range(len(offsets)):
+            if plan.kind == "chat":
+                delta = {"role": "assistant", "content": ""}
+                choice: Json = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
+            elif plan.texts:
+                prompt, logprobs = i // self._n(plan), None
+                if scored:
+                    block = LogprobBlock(self)
+                    block.add_prompt(plan.prompts[prompt], scored[prompt])
+                    logprobs, offsets[i] = block.body, block.offset
+                finish = None if plan.generate else "length"
+                choice = {
+                    "index": i,
+                    "text": plan.texts[prompt],
+                    "logprobs": logprobs,
+                    "finish_reason": finish,
+                }
+            else:
+                continue
+            out.append(self._envelope(plan, [choice], chunk=True))
+        return out
+
+    def _chunk(self, plan: Plan, index: int, event: TokenEvent, offsets: list[int]) -> Json:
+        logprobs: Json | None = None
+        if event.logprob is not None and event.top is not None:
+            if plan.kind == "chat":
+                logprobs = {
+                    "content": [self._chat_logprob(event.id, event.logprob, event.top)],
+                    "refusal": None,
+                }
+            else:
+                block = LogprobBlock(self, offsets[index])
+                block.add(event.id, event.logprob, event.top)
+                logprobs, offsets[index] = block.body, block.offset
+        choice: Json = {"index": index, "logprobs": logprobs, "finish_reason": event.finish_reason}
+        if plan.kind == "chat":
+            choice["delta"] = {"content": event.text}
+        else:
+            choice["text"] = event.text
+        return self._envelope(plan, [choice], chunk=True)
+
+
+class LogprobBlock:
+    """OpenAI's ``logprobs`` object of a text completion, built token by token."""
+
+    def __init__(self, owner: Completions, offset: int = 0) -> None:
+        self._owner, self.offset = owner, offset
+        self.body: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+
+    def add_prompt(self, prompt: Sequence[int], scored: ScoreResult) -> None:
+        """The first token has no log-probability: nothing precedes it."""
+        self.add(prompt[0], None, [])
+        if scored.continuations:
+            score = scored.continuations[0]
+            tops = score.top or [[]] * len(score.logprobs)
+            for token, logprob, top in zip(prompt[1:], score.logprobs, tops, strict=True):
+                self.add(token, logprob, top)
+
+    def add(self, token: int, logprob: float | None, top: Alternatives) -> None:
+        text = self._owner.token_text(token)
+        self.body["tokens"].append(text)
+        self.body["text_offset"].append(self.offset)
+        self.offset += len(text)
+        if logprob is None:
+            self.body["token_logprobs"].append(None)
+            self.body["top_logprobs"].append(None)
+            return
+        alternatives: dict[str, float] = {}
+        for other, value in [*top, (token, logprob)] if token not in dict(top) else top:
+            name = self._owner.token_text(other)
+            # Tokens that are parts of a character share one text; the likeliest keeps it.
+            alternatives[f"token_id:{other}" if name in alternatives else name] = finite(value)
+        self.body["token_logprobs"].append(finite(logprob))
+        self.body["top_logprobs"].append(alternatives)
+
+
+def _usage(plan: Plan, results: Sequence[GenerateResult]) -> Json:
+    made = sum(len(result.ids) for result in results)
+    return {
+        "prompt_tokens": plan.prompt_tokens,
+        "completion_tokens": made,
+        "total_tokens": plan.prompt_tokens + made,
+    }

@@ -1,0 +1,165 @@
+"""Reading a LoRA adapter as PEFT saves it, and refusing what the serving layer cannot compute exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_ray.errors import UserError
+from qwen_ray.fsio import read_json
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
+_MERGE = "merge it into the base model (PeftModel.merge_and_unload) and serve that model"
+# Settings under which the adapter is more than base(x) + scale * B(A(x)).
+_UNSUPPORTED = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias on the LoRA matrices",
+    "modules_to_save": "fully trained modules (modules_to_save)",
+    "trainable_token_indices": "trained token embeddings (trainable_token_indices)",
+    "target_parameters": "LoRA on bare parameters (target_parameters)",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+}
+# Initialisations that also change the base weights, so that A and B alone are not the adapter.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One adapter's matrices. ``layers``: module path -> (A [r, in], B [out, r]), scale folded into B."""
+
+    layers: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    nbytes: int
+    where: str
+
+
+def read_lora(folder: Path, *, within: Path | None = None) -> LoraWeights:
+    """Read a PEFT folder (safetensors only), float32 on the CPU.
+
+    ``within``: a root that the files' real paths may not leave (a registry). Raises :class:`UserError`
+    for a damaged adapter or one that needs more than plain LoRA on linear layers; it names the way out.
+    """
+    config_path, weights_path = folder / CONFIG, folder / WEIGHTS
+    for path in (config_path, weights_path):
+        _check_inside(path, within)
+    config = read_json(config_path)
+    _refuse_unsupported(config, folder)
+    if not weights_path.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        raise UserError(
+            "the adapter is a pickle file (adapter_model.bin), which can run code when it is read"
+            if pickled
+            else f"the adapter has no {WEIGHTS}",
+            where=str(folder),
+            fix="save it again with save_pretrained(..., safe_serialization=True)"
+            if pickled
+            else "save it again",
+            status=409,
+        )
+    halves = _read_tensors(weights_path)
+    layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for module, pair in sorted(halves.items()):
+        if set(pair) != {"A", "B"}:
+            raise UserError(f"{module} has only one of its two matrices", where=str(weights_path), status=409)
+        a, b = pair["A"], pair["B"]
+        rank = _pattern(config, "rank_pattern", "r", module)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+            raise UserError(
+                f"{module}: shapes A {tuple(a.shape)} and B {tuple(b.shape)} do not fit rank {rank}",
+                where=str(weights_path),
+                fix="adapter_config.json belongs to another file; save the adapter again",
+                status=409,
+            )
+        alpha = _pattern(config, "alpha_pattern", "lora_alpha", module)
+        scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        layers[module] = (a, b * scale)
+    if not layers:
+        raise UserError("the adapter holds no LoRA matrices", where=str(weights_path), status=409)
+    nbytes = sum(t.numel() * t.element_size() for pair in layers.values() for t in pair)
+    return LoraWeights(layers, nbytes, str(folder))
+
+
+def _check_inside(path: Path, root: Path | None) -> None:
+    if root is not None and not path.resolve().is_relative_to(root.resolve()):
+        raise UserError("this file leads out of the registry (a link?)", where=str(path), status=404)
+
+
+def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
+    where = str(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise UserError("not a PEFT configuration", where=where, fix="save the adapter again", status=409)
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+        raise UserError(
+            f"a {config['peft_type']} adapter; only LoRA is served", where=where, fix=_MERGE, status=409
+        )
+    for key, name in _UNSUPPORTED.items():
+        if config.get(key):
+            raise UserError(
+                f"the adapter uses {name}, which is not served", where=where, fix=_MERGE, status=409
+            )
+    if config.get("bias", "none") != "none":
+        raise UserError(
+            "the adapter also trains biases, which are not served", where=where, fix=_MERGE, status=409
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise UserError(
+            f"the adapter was started with '{start}', which changes the base weights too",
+            where=where,
+            fix="convert it (save_pretrained with path_initial_model_for_weight_conversion), or " + _MERGE,
+            status=409,
+        )
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
+            raise UserError(f"'{key}' is missing or not a positive number", where=where, status=409)
+
+
+def _read_tensors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as f:
+            for key in f.keys():  # noqa: SIM118 - not a dict
+                match = _KEY.fullmatch(key)
+                if match is None:
+                    raise UserError(
+                        f"'{key}' is not a LoRA matrix of a linear layer",
+                        where=str(path),
+                        fix="save it with save_embedding_layers=False if only LoRA was trained, or " + _MERGE,
+                        status=409,
+                    )
+                tensor = f.get_tensor(key).float()
+                # A single NaN would spread to every row of a shared batch.
+                if not torch.isfinite(tensor).all():
+                    raise UserError(
+                        f"'{key}' holds NaN or infinity", where=str(path), fix="train it again", status=409
+                    )
+                halves.setdefault(match[1], {})[match[2]] = tensor
+    except (SafetensorError, OSError, json.JSONDecodeError) as e:
+        reason = str(e).splitlines()[0][:200]
+        raise UserError(
+            f"damaged adapter file ({reason})", where=str(path), fix="copy or train it again", status=409
+        ) from e
+    return halves
+
+
+def _pattern(config: dict[str, Any], patterns: str, default: str, module: str) -> Any:
+    """``rank_pattern``/``alpha_pattern`` as PEFT applies them: the first that ends the module's path."""
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return config[default]

@@ -1,0 +1,140 @@
+"""The JSON that the server takes, as OpenAI's clients and lm-eval send it.
+
+Strict: a string is not a number, and a field that changes the answer and is not served is refused rather
+than ignored. Fields that OpenAI's clients send and that change nothing here are listed and ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from qwen_ray.serving.engines.base import MAX_TOP
+
+MAX_PROMPTS, MAX_CHOICES, MAX_ITEMS, MAX_STOPS = 1024, 16, 4096, 64
+# Sent by OpenAI's clients for the provider's book-keeping.
+_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+# Accepted where they ask for what is done anyway.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "logit_bias": ({},),
+    "best_of": (1,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+
+TokenId = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_changes_nothing(cls, data: Any) -> Any:
+        """A null means the default; so does a neutral value of a field that is not served."""
+        if not isinstance(data, dict):
+            return data
+        return {
+            key: value
+            for key, value in data.items()
+            if value is not None and key not in _IGNORED and value not in _NEUTRAL.get(key, ())
+        }
+
+
+class StreamOptions(_Request):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Sampling(_Request):
+    model: str = Field(max_length=200)
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    seed: Seed | None = None
+    stop: list[Annotated[str, Field(max_length=1000)]] = Field(default_factory=list, max_length=MAX_STOPS)
+    stream: bool = False
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class CompletionRequest(_Sampling):
+    """``POST /v1/completions``. ``logprobs`` k: k alternatives a token; with ``echo`` also of the prompt."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: int = Field(16, ge=0)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+
+
+class TextPart(_Request):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Request):
+    role: str = Field(min_length=1, max_length=64)
+    content: str = ""
+    name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        """Content may come as a list of text parts; other kinds of part are refused."""
+        if isinstance(value, list):
+            return "".join(TextPart.model_validate(part).text for part in value)
+        return value
+
+
+class ChatRequest(_Sampling):
+    """``POST /v1/chat/completions``. ``top_logprobs`` needs ``logprobs``."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_PROMPTS)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_TOP)
+
+
+class ScoreItemBody(_Request):
+    context: list[TokenId] = Field(min_length=1)
+    continuations: list[list[TokenId]] = Field(min_length=1, max_length=MAX_ITEMS)
+
+
+class ScoreRequest(_Request):
+    """``POST /v1/score``: token ids in, one log-probability a continuation out."""
+
+    model: str = Field(max_length=200)
+    items: list[ScoreItemBody] = Field(min_length=1, max_length=MAX_ITEMS)
+
+
+class TokenizeRequest(_Request):
+    """``POST /tokenize``; a list of texts gives a list of lists."""
+
+    model: str | None = None
+    prompt: str | Annotated[list[str], Field(max_length=MAX_ITEMS)]
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(_Request):
+    """``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: list[TokenId]

@@ -1,0 +1,82 @@
+"""Where a run's metrics go: a JSONL file beside it, and wandb."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from qwen_ray.config import RunConfig
+
+METRICS = "metrics.jsonl"
+
+
+class Tracker:
+    """Writes each dict of metrics as a line and to wandb. Lives on rank 0 only.
+
+    ``run_id`` names the wandb run, so that a resumed run goes on in the same one.
+    """
+
+    def __init__(self, out: Path, config: RunConfig, run_id: str) -> None:
+        path = out / METRICS
+        torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        if torn:  # the line that a killed worker was writing
+            self._file.write("\n")
+        self._wandb: Any = None
+        mode = wandb_mode(config.tracking.wandb)
+        if mode != "off":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.tracking.project,
+                name=out.name,
+                id=run_id,
+                resume="allow",
+                mode=mode,
+                dir=str(out),
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+
+    def __call__(self, metrics: dict[str, Any]) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+Mode = Literal["online", "offline", "off"]
+
+
+def wandb_mode(setting: Literal["auto", "online", "offline", "off"]) -> Mode:
+    """``online``, ``offline`` or ``off``; ``auto`` asks whether there is a key to log in with."""
+    if setting != "auto":
+        return setting
+    asked: dict[str, Mode] = {"online": "online", "offline": "offline", "disabled": "off"}
+    if os.environ.get("WANDB_MODE") in asked:
+        return asked[os.environ["WANDB_MODE"]]
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    logged_in = netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace")
+    return "online" if os.environ.get("WANDB_API_KEY") or logged_in else "offline"
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The metrics of a run by step. Steps that were repeated after a failure count once, the last time."""
+    path = out / METRICS
+    if not path.is_file():
+        return []
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # torn by a kill
+            continue
+        by_step[row["step"]] = row
+    return [by_step[step] for step in sorted(by_step)]

@@ -1,0 +1,167 @@
+"""The command line: help with examples that parse, JSON alone on stdout, exit codes, docs that stay true."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_ray.cli import build_parser
+from qwen_ray.config import reference
+from tests.conftest import ROOT
+from tests.evaluation.test_compare import result, right
+
+
+def verbs(
+    parser: argparse.ArgumentParser, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every leaf of the command line."""
+    groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not groups:
+        yield path, parser
+    for group in groups:
+        for name, child in group.choices.items():
+            yield from verbs(child, (*path, name))
+
+
+VERBS = dict(verbs(build_parser()))
+
+
+def qwen_ray(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qwen_ray.cli", *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, check=False)
+
+
+@pytest.mark.parametrize("path", VERBS, ids=" ".join)
+def test_every_verb_has_an_example_that_parses(path: tuple[str, ...]) -> None:
+    text = VERBS[path].format_help()
+    assert "--json" in text
+    examples = text.split("example:\n")[1].strip().splitlines()
+    for example in examples:
+        words = shlex.split(example.split(">")[0])
+        assert words[0] == "qwen-ray"
+        assert tuple(words[1 : 1 + len(path)]) == path
+        build_parser().parse_args(words[1:])
+
+
+def commands_in(markdown: str) -> list[list[str]]:
+    """The qwen-ray commands of a page's code blocks."""
+    blocks = re.findall(r"```\n(.*?)```", markdown, flags=re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("qwen-ray ")]
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
+def test_commands_in_the_docs_parse(page: Path) -> None:
+    for words in commands_in(page.read_text(encoding="utf-8")):
+        build_parser().parse_args(words)
+
+
+def test_readme_shows_commands() -> None:
+    assert len(commands_in((ROOT / "README.md").read_text(encoding="utf-8"))) >= 8
+
+
+def test_configuration_page_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    made = page.split("<!-- made by `qwen-ray config reference` -->")[1].strip()
+    assert made == reference()
+
+
+def test_links_in_the_docs_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_json_is_alone_on_stdout() -> None:
+    done = qwen_ray("data", "sources", "--json")
+    assert done.returncode == 0
+    assert {"openstax_biology", "gsm8k"} <= {row["name"] for row in json.loads(done.stdout)}
+
+
+def test_schema_is_json() -> None:
+    assert json.loads(qwen_ray("config", "schema").stdout)["title"] == "RunConfig"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["tran"], ["train", "--stpes", "3"], ["train", "--steps", "0"], ["compare", "only-one.json"], []],
+    ids=" ".join,
+)
+def test_wrong_usage_is_exit_2_with_a_hint(argv: list[str]) -> None:
+    done = qwen_ray(*argv)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "--help" in done.stderr
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    before = {"biology": right(25, 100), "arithmetic": right(99, 100)}
+    after = {"biology": right(80, 100), "arithmetic": right(98, 100)}
+    for name, scores in (("before", before), ("after", after)):
+        value = result(scores, schema="qwen-ray/eval-result/1")
+        for category in value["categories"].values():
+            category |= {"n": 100, "score": 0.5, "ci": [0.4, 0.6], "metric": "acc"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    return tmp_path
+
+
+def test_compare_promotes_with_0_and_refuses_with_3(results: Path) -> None:
+    done = qwen_ray("compare", "before.json", "after.json", "--out", "comparison.json", "--json", cwd=results)
+    assert done.returncode == 0, done.stderr
+    comparison = json.loads(done.stdout)
+    assert comparison["verdict"] == "promote"
+    assert comparison == json.loads((results / "comparison.json").read_text())
+    back = qwen_ray("compare", "after.json", "before.json", cwd=results)
+    assert back.returncode == 3
+    assert "verdict: regress" in back.stdout
+    strict = qwen_ray("compare", "before.json", "after.json", "--min-gain", "60", cwd=results)
+    assert strict.returncode == 3
+    assert "verdict: hold" in strict.stdout
+
+
+def test_compare_names_what_is_no_result(results: Path) -> None:
+    (results / "other.json").write_text("{}")
+    for file, message in (("other.json", "not a result of"), ("missing.json", "no such file")):
+        done = qwen_ray("compare", "before.json", file, cwd=results)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert file in done.stderr
+
+
+def test_dry_run_prints_the_whole_configuration_and_starts_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = qwen_ray("train", "--model", "3b", "--workers", "8", "--out", str(out), "--dry-run", "--json")
+    assert done.returncode == 0
+    config = json.loads(done.stdout)
+    assert config["cluster"]["workers"] == 8
+    assert config["optim"]["learning_rate"] == 2e-4
+    assert not out.exists()
+
+
+def test_registry_verbs(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"x")
+    (adapter / "lineage.json").write_text(json.dumps({"base": {"id": "tiny", "fingerprint": "f"}}))
+    where = ("--registry", str(tmp_path / "registry"))
+    assert "bio@1" in qwen_ray("registry", "add", "bio", str(adapter), *where).stdout
+    assert qwen_ray("registry", "promote", "bio@1", "--reason", "test", *where).returncode == 0
+    listed = json.loads(qwen_ray("registry", "list", "--json", *where).stdout)
+    assert listed == [{"name": "bio", "versions": [1], "aliases": {"production": 1}}]
+    missing = qwen_ray("registry", "promote", "bio@2", "--reason", "test", *where)
+    assert missing.returncode == 2
+    assert "no version 2" in missing.stderr

@@ -1,0 +1,103 @@
+"""RunConfig: layers, unknown keys, YAML both ways, the exported schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from qwen_ray.config import RunConfig, build_config, json_schema, read_config
+from qwen_ray.errors import UserError
+
+
+def test_defaults_are_the_guides() -> None:
+    config = build_config(flags={"model.name": "3b"})
+    assert (config.method.r, config.method.alpha, config.method.dropout) == (16, 32, 0.05)
+    assert config.method.targets == "all-linear"
+    assert (config.optim.learning_rate, config.optim.epochs, config.optim.warmup_steps) == (2e-4, 3, 100)
+    assert (config.optim.batch_size, config.optim.gradient_accumulation) == (4, 8)
+    assert config.optim.max_grad_norm == 1.0
+
+
+def test_full_fine_tuning_has_a_lower_rate() -> None:
+    assert build_config(flags={"model.name": "3b", "method.name": "full"}).optim.learning_rate == 2e-5
+
+
+def test_layers_override_in_order(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {name: tiny}\noptim: {learning_rate: 1e-3, epochs: 2}\nmethod: {r: 4}\n")
+    preset = build_config(flags={"model.name": "tiny"})
+    config = build_config(file, flags={"method.r": 8}, sets=["optim.epochs=5"])
+    assert config.optim.learning_rate == 1e-3  # the file over the preset; "1e-3" is a number
+    assert config.method.r == 8  # a flag over the file
+    assert config.optim.epochs == 5  # --set over the file
+    assert (
+        config.method.alpha == preset.method.alpha != RunConfig().method.alpha
+    )  # the preset over the default
+
+
+@pytest.mark.parametrize(
+    ("item", "message", "fix"),
+    [
+        ("optim.learning_rat=1", "unknown key 'optim.learning_rat'", "optim.learning_rate"),
+        ("modle.name=tiny", "unknown key 'modle'", "'model'"),
+        ("epochs=3", "unknown key 'epochs'", "optim.epochs"),
+        ("method.r=0", "'method.r'", ""),
+        ("method.name=lorra", "'method.name'", ""),
+        ("data.weights.biology=-1", "'data.weights.biology'", ""),
+        ("learning rate", "not key=value", "--set"),
+        ("out=s3://bucket/run", "URI", ""),
+    ],
+)
+def test_bad_settings_are_refused_in_words(item: str, message: str, fix: str) -> None:
+    with pytest.raises(UserError) as e:
+        build_config(sets=[item])
+    assert message in e.value.what
+    assert fix in e.value.fix
+    assert item in e.value.where or e.value.where in ("--set", "configuration")
+
+
+def test_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data:\n  packng: true\n")
+    with pytest.raises(UserError, match=r"unknown key 'data\.packng'") as e:
+        build_config(file)
+    assert str(file) in e.value.where
+    assert "data.packing" in e.value.fix
+
+
+def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("optim:\n  epochs: [1\n")
+    with pytest.raises(UserError, match="not valid YAML") as e:
+        build_config(file)
+    assert e.value.where.startswith(f"{file}:")
+
+
+def test_yaml_there_and_back(tmp_path: Path) -> None:
+    config = build_config(
+        sets=["method.targets=[q_proj]", "data.weights={a: 0.2, b: 0.8}", "optim.max_steps=7"]
+    )
+    file = tmp_path / "run.yaml"
+    file.write_text(config.to_yaml())
+    assert file.read_text().startswith("# qwen-ray train --config")
+    assert read_config(file) == config
+
+
+def test_a_bare_off_is_a_word(tmp_path: Path) -> None:
+    assert build_config(sets=["tracking.wandb=off"]).tracking.wandb == "off"
+    with pytest.raises(UserError):
+        build_config(sets=["tracking.wandb=on"])
+
+
+def test_schema_accepts_what_we_write_and_refuses_unknown_keys() -> None:
+    schema = json.loads(json.dumps(json_schema()))
+    document = yaml.safe_load(RunConfig().to_yaml())
+    jsonschema.validate(document, schema)
+    document["optim"]["learning_rat"] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, schema)
+    assert "rank" in schema["$defs"]["MethodConfig"]["properties"]["r"]["description"]

@@ -1,0 +1,201 @@
+"""The loop alone: what its loss is, and that a resumed run is the run that was not interrupted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_ray import models
+from qwen_ray.config import OptimConfig, RunConfig, build_config
+from qwen_ray.data.packing import collate, pack
+from qwen_ray.data.tokenise import tokenise
+from qwen_ray.errors import UserError
+from qwen_ray.training import checkpoint as ckpt
+from qwen_ray.training.loop import TokenLoss, restore, set_up, train
+from qwen_ray.training.schedule import learning_rate
+from qwen_ray.training.strategy.ddp import Ddp
+from tests.conftest import sums
+
+REF = models.resolve("tiny")
+
+
+def config(data: Path, out: Path, *sets: str, **flags: Any) -> RunConfig:
+    every = {"model.name": "tiny", "data.train": [str(data)], "cluster.workers": 0, "out": str(out), **flags}
+    settings = [
+        "data.max_length=96",
+        "optim.warmup_steps=2",
+        "checkpoint.every_steps=4",
+        "method.dropout=0.1",
+    ]
+    return build_config(flags=every, sets=[*settings, "optim.max_steps=10", *sets])
+
+
+def run(settings: RunConfig, store: ckpt.LocalStore) -> tuple[list[dict[str, Any]], Any]:
+    rows: list[dict[str, Any]] = []
+    result = train(settings, strategy=Ddp(), store=store, on_metrics=rows.append)
+    return rows, result
+
+
+def weights(store: ckpt.LocalStore) -> bytes:
+    with store.latest() as folder:
+        assert folder is not None
+        (file,) = folder.glob("*/*.safetensors")
+        return file.read_bytes()
+
+
+class _Killed(Exception):
+    pass
+
+
+class DyingStore(ckpt.LocalStore):
+    """Dies right after it has stored the checkpoint of ``at``."""
+
+    at = 4
+
+    def save(self, step: int, write: Callable[[Path], None] | None, metrics: dict[str, Any]) -> None:
+        super().save(step, write, metrics)
+        if step == self.at:
+            raise _Killed
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_resumed_is_bit_for_bit_the_same(tmp_path: Path, data_file: Path, method: str, packing: bool) -> None:
+    settings = config(data_file, tmp_path, f"method.name={method}", f"data.packing={str(packing).lower()}")
+    undisturbed = ckpt.LocalStore(tmp_path / "a", keep=2)
+    rows, _ = run(settings, undisturbed)
+    with pytest.raises(_Killed):
+        run(settings, DyingStore(tmp_path / "b", keep=2))
+    resumed = ckpt.LocalStore(tmp_path / "b", keep=2)
+    later, result = run(settings, resumed)
+    assert result.resumed_from == 4
+    assert [r["step"] for r in later] == [5, 6, 7, 8, 9, 10]
+    assert [r["loss"] for r in later] == [r["loss"] for r in rows[4:]]
+    assert weights(resumed) == weights(undisturbed)
+
+
+def test_another_seed_is_another_run(tmp_path: Path, data_file: Path) -> None:
+    runs = []
+    for seed in (0, 1):
+        store = ckpt.LocalStore(tmp_path / str(seed), keep=1)
+        run(config(data_file, tmp_path, seed=seed), store)
+        runs.append(weights(store))
+    assert runs[0] != runs[1]
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path: Path, data_file: Path) -> None:
+    store = ckpt.LocalStore(tmp_path / "c", keep=1)
+    settings = config(data_file, tmp_path, "optim.max_steps=30", "evaluate.every_steps=10")
+    rows, result = run(settings, store)
+    assert sum(r["loss"] for r in rows[-5:]) < 0.9 * sum(r["loss"] for r in rows[:5])
+    assert [r["step"] for r in rows if "eval_loss" in r] == [10, 20, 30]
+    assert result.eval_loss == rows[-1]["eval_loss"]
+    with store.latest() as folder:
+        assert folder is not None
+        assert {p.name for p in (folder / "adapter").iterdir()} >= {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, data_file: Path) -> None:
+    store = ckpt.LocalStore(tmp_path / "c", keep=1)
+    run(config(data_file, tmp_path, "optim.max_steps=4"), store)
+    with pytest.raises(UserError, match="another configuration"):
+        run(config(data_file, tmp_path, "optim.max_steps=4", "method.r=4"), store)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, data_file: Path) -> None:
+    store = ckpt.LocalStore(tmp_path / "c", keep=1)
+    settings = config(data_file, tmp_path, "optim.max_steps=4")
+    run(settings, store)
+    (file,) = (tmp_path / "c").glob("*/optimizer.pt")
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(bytes(damaged))
+    with pytest.raises(UserError, match="damaged checkpoint") as e:
+        restore(set_up(settings, Ddp()), store)
+    assert e.value.where == str(file)
+
+
+def test_only_the_newest_are_kept_and_the_unfinished_are_not_seen(tmp_path: Path) -> None:
+    store = ckpt.LocalStore(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        store.save(step, lambda folder: ckpt.seal(folder, {"step": step}), {})  # noqa: B023
+    (tmp_path / "step-00000009").mkdir()  # no manifest
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003", "step-00000009"]
+    with store.latest() as folder:
+        assert folder == tmp_path / "step-00000003"
+
+
+def test_the_loss_is_the_models_own() -> None:
+    """On one unpacked document it is Hugging Face's loss; over many it is the token mean of theirs."""
+    model, tokenizer = models.load_model(REF, dtype=torch.float32), models.load_tokenizer(REF)
+    examples, _ = tokenise(sums(6), tokenizer, 96)
+    loss = TokenLoss(model)
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for example in examples:
+            theirs = model(input_ids=torch.tensor([example.ids]), labels=torch.tensor([example.labels])).loss
+            count = sum(label >= 0 for label in example.labels)
+            total, tokens = total + float(theirs) * count, tokens + count
+        rows = pack(examples, max_length=64, packing=True)
+        assert len(rows) < len(examples)
+        ours = loss(collate(rows, tokenizer.pad_token_id))
+    assert float(ours) == pytest.approx(total, rel=1e-5)
+
+
+def test_micro_batches_do_not_change_the_step(tmp_path: Path, data_file: Path) -> None:
+    """8 rows a step as 8x1, 2x4 and 1x8 are one and the same loss and gradient."""
+    norms = []
+    for size, accumulation in ((8, 1), (2, 4), (1, 8)):
+        settings = config(
+            data_file,
+            tmp_path,
+            f"optim.batch_size={size}",
+            f"optim.gradient_accumulation={accumulation}",
+            "optim.max_steps=2",
+            "method.dropout=0",
+        )
+        rows, _ = run(settings, ckpt.LocalStore(tmp_path / str(size), keep=1))
+        norms.append([(r["loss"], r["grad_norm"]) for r in rows])
+    for other in norms[1:]:
+        for mine, theirs in zip(norms[0], other, strict=True):
+            assert mine == pytest.approx(theirs, rel=2e-4)
+
+
+def test_schedules() -> None:
+    def rates(**kwargs: Any) -> list[float]:
+        optim = OptimConfig(learning_rate=1.0, warmup_steps=4, **kwargs)
+        return [learning_rate(step, 20, optim) for step in range(20)]
+
+    for schedule in ("cosine", "linear", "constant"):
+        values = rates(schedule=schedule)
+        assert values[:4] == [0.25, 0.5, 0.75, 1.0]
+        assert max(values) == 1.0
+        assert all(a >= b for a, b in itertools.pairwise(values))
+    assert rates(schedule="constant")[-1] == 1.0
+    assert rates(schedule="linear")[-1] == pytest.approx(1 / 16)
+    assert rates(schedule="cosine", min_learning_rate_ratio=0.1)[-1] == pytest.approx(0.1086, abs=1e-3)
+    assert (
+        learning_rate(1, 4, OptimConfig(learning_rate=1.0, warmup_steps=100)) == 1.0
+    )  # short runs reach the peak
+
+
+def test_unknown_target_is_refused(tmp_path: Path, data_file: Path) -> None:
+    with pytest.raises(UserError, match="no linear layer 'q_porj'") as e:
+        set_up(config(data_file, tmp_path, "method.targets=[q_porj]"), Ddp())
+    assert "q_proj" in e.value.fix
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, data_file: Path) -> None:
+    settings = config(
+        data_file, tmp_path, "optim.learning_rate=1e30", "optim.max_grad_norm=1e30", "optim.warmup_steps=0"
+    )
+    with pytest.raises(FloatingPointError, match=r"lower optim\.learning_rate"):
+        run(settings, ckpt.LocalStore(tmp_path / "c", keep=1))
