@@ -236,7 +236,7 @@ def _registry_list(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.registry import Registry
 
     registry = Registry(args.registry)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": name, "versions": registry.versions(name), "aliases": registry.aliases(name)}
         for name in registry.names()
     ]
