@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 
 from qwen_ray.errors import UserError
@@ -16,8 +17,15 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+
+
+_started_here = False
+
+
+def started_here() -> bool:
+    """Whether the connected cluster is one that :func:`connect` started: it will not grow."""
+    return _started_here
 
 
 def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
@@ -28,12 +36,15 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    local = address == "local"
+    if local and "ray" not in sys.modules:
+        # What Ray does anyway, but said, so that it need not warn. It is read when Ray is imported.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():
         return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    local = address == "local"
     # Ray's own handlers end the process with a stack trace; ours stop what is running and say so.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -49,6 +60,8 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
             where=address,
             fix="start one with `ray start --head`, or leave the address out to start one here",
         ) from e
+    global _started_here  # noqa: PLW0603 - Ray's connection is as global
+    _started_here = local
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -36,6 +36,7 @@ from qwen_ray.training import checkpoint as ckpt
 from qwen_ray.training.tracking import METRICS, Tracker, read_metrics
 
 RUN, CONFIG = "run.json", "config.yaml"
+Progress = Callable[[dict[str, Any]], None]
 # What may differ between two starts of one run: they decide nothing about its result.
 _FREE: dict[str, Any] = {"cluster": {"address", "max_failures"}, "tracking": True, "out": True}
 
@@ -52,9 +53,7 @@ class TrainedRun:
     resumed_from: int
 
 
-def run_training(
-    config: RunConfig, *, progress: Callable[[dict[str, Any]], None] | None = None
-) -> TrainedRun:
+def run_training(config: RunConfig, *, progress: Progress | None = None) -> TrainedRun:
     """Train as ``config`` says; go on where an earlier start of the same run left off.
 
     ``progress`` gets each row of metrics as it appears. Raises :class:`UserError` for bad input,
@@ -70,7 +69,7 @@ def run_training(
         write_json(out / RUN, {**run, "state": "running"})
         try:
             run["result"] = (
-                _run_alone(config, out, run["id"])
+                _run_alone(config, out, run["id"], progress)
                 if config.cluster.workers == 0
                 else _run_on_ray(config, out, run["id"], progress)
             )
@@ -143,7 +142,7 @@ def _finished(out: Path, run: dict[str, Any]) -> TrainedRun:
     return TrainedRun(out, out / result.pop("artifact"), **result)
 
 
-def _run_alone(config: RunConfig, out: Path, run_id: str) -> dict[str, Any]:
+def _run_alone(config: RunConfig, out: Path, run_id: str, progress: Progress | None) -> dict[str, Any]:
     """The loop in this process."""
     import torch
 
@@ -153,8 +152,14 @@ def _run_alone(config: RunConfig, out: Path, run_id: str) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     store = ckpt.LocalStore(out / "checkpoints", keep=config.checkpoint.keep)
     tracker = Tracker(out, config, run_id)
+
+    def on_metrics(row: dict[str, Any]) -> None:
+        tracker(row)
+        if progress:
+            progress(row)
+
     try:
-        result = train(config, strategy=Ddp(), store=store, on_metrics=tracker)
+        result = train(config, strategy=Ddp(), store=store, on_metrics=on_metrics)
     finally:
         tracker.close()
     with store.latest() as folder:
@@ -162,14 +167,12 @@ def _run_alone(config: RunConfig, out: Path, run_id: str) -> dict[str, Any]:
         return {"artifact": _export(folder, out, config), **asdict(result)}
 
 
-def _run_on_ray(
-    config: RunConfig, out: Path, run_id: str, progress: Callable[[dict[str, Any]], None] | None
-) -> dict[str, Any]:
+def _run_on_ray(config: RunConfig, out: Path, run_id: str, progress: Progress | None) -> dict[str, Any]:
     """The loop under Ray Train V2, one process a worker."""
     workers = config.cluster.workers
     cluster.connect(config.cluster.address, num_cpus=int(workers * config.cluster.cpus_per_worker) + 1)
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import WorkerGroupError
@@ -179,7 +182,8 @@ def _run_on_ray(
         # Asked of the cluster, not of this machine: a head or driver node has no GPU, as a rule.
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
     resources = {"CPU": config.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
-    _check_room(resources, workers)
+    if cluster.started_here():  # another may have an autoscaler, and grow
+        _check_room(resources, workers)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "out": str(out), "run_id": run_id},
@@ -192,6 +196,7 @@ def _run_on_ray(
                 max_failures=config.cluster.max_failures, controller_failure_limit=3
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     outcome: dict[str, Any] = {}
@@ -255,18 +260,21 @@ def _root(error: BaseException) -> str:
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs."""
+    import ray.train.torch
     import torch
     import transformers
 
     from qwen_ray.training.loop import train
     from qwen_ray.training.strategy.ddp import Ddp
 
-    # A line for each report of each rank, and a bar for each load, would bury what matters.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    # A line for each report of each rank, and a bar for each load, would bury what matters. The root, for
+    # Ray's logger of reports is named after its file and escapes LoggingConfig.
+    logging.getLogger().setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     config = RunConfig.model_validate(settings["config"])
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    strategy = Ddp()
+    # Ray's, for on a node with several GPUs every worker sees them all.
+    strategy = Ddp(ray.train.torch.get_device())
     out = Path(settings["out"])
     tracker = Tracker(out, config, settings["run_id"]) if strategy.rank == 0 else None
     try:

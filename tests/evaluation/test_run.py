@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from qwen_ray import models
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation import suites
 from qwen_ray.evaluation.harness import read_result
@@ -111,3 +113,16 @@ def test_unknown_suite_and_folder(tmp_path: Path) -> None:
         evaluate_local("tiny", None, "guide", out=tmp_path / "r.json", data_dir=tmp_path / "missing")
     with pytest.raises(UserError, match="not a PEFT adapter folder"):
         evaluate_local("tiny", tmp_path, "tiny", out=tmp_path / "r.json")
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = models.load_model(models.resolve("tiny"), dtype=torch.float32)
+    adapter = tmp_path / "adapter"
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(adapter))
+    (adapter / "lineage.json").write_text(json.dumps({"base": {"id": "other", "fingerprint": "0" * 64}}))
+    with pytest.raises(UserError, match="was trained on other") as e:
+        evaluate_local("tiny", adapter, "tiny", out=tmp_path / "r.json", limit=1)
+    assert "tiny" in e.value.what
+    assert not (tmp_path / "r.json").exists()

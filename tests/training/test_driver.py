@@ -187,6 +187,16 @@ def test_another_configuration_does_not_overwrite_a_run(tmp_path: Path, data_fil
     assert adapter_bytes(out) == before
 
 
+@pytest.mark.cluster
+def test_more_than_the_cluster_has_is_refused_not_awaited(tmp_path: Path, data_file: Path) -> None:
+    """Ray itself would wait for the resources for ever."""
+    process = start(command(data_file, tmp_path / "run", "--set", "cluster.gpus_per_worker=64"))
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "2 workers with 64 GPU each need 128" in stderr
+    assert "fewer workers" in stderr
+
+
 def test_two_processes_do_not_share_a_run(tmp_path: Path, data_file: Path) -> None:
     import fcntl
 
@@ -219,9 +229,11 @@ def test_wandb_offline_holds_the_metrics(
     tracker({"step": 1, "loss": 2.5, "eval_loss": 1.25})
     tracker.close()
     (log,) = tmp_path.glob("wandb/offline-run-*/run-abc123.wandb")
-    content = log.read_bytes()
-    assert b"eval_loss" in content
-    assert b"1.25" in content
+    deadline = time.monotonic() + 30  # wandb's own process does the writing
+    while b"eval_loss" not in log.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert b"eval_loss" in log.read_bytes()
+    assert b"1.25" in log.read_bytes()
     assert [row["loss"] for row in read_metrics(tmp_path)] == [2.5]
 
 

@@ -17,15 +17,19 @@ from torch.nn.parallel import DistributedDataParallel
 class Ddp:
     """Strategy over ``torch.distributed``'s default group, or over nothing when there is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        """``device``: this worker's; without it the current GPU, else the CPU."""
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.world_size = dist.get_world_size() if self.distributed else 1
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        if device is None:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda":
+            device = torch.device(
+                "cuda", torch.cuda.current_device() if device.index is None else device.index
+            )
+            torch.cuda.set_device(device)
+        self.device = device
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Move the module to this worker's device and join it to the others'."""
