@@ -220,6 +220,7 @@ def _serve(args: argparse.Namespace, output: Output) -> int:
         host=args.host,
         port=args.port,
         replicas=args.replicas,
+        gpus_per_replica=args.gpus,
         threads=args.threads,
     )
     output.result({"url": url, "pid": os.getpid()}, f"serving at {url}/v1 (Ctrl-C stops it)")
@@ -449,6 +450,7 @@ def _add_serve(verbs: Any) -> None:
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     p.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
     p.add_argument("--replicas", type=_positive, default=1, help="engine replicas (%(default)s)")
+    p.add_argument("--gpus", type=float, default=0.0, help="GPUs of a replica; 0 computes on the CPU")
     p.add_argument("--threads", type=_positive, default=1, help="CPU threads of a replica (%(default)s)")
     p.add_argument("--address", help="Ray cluster to join (default: one of its own)")
 

@@ -122,7 +122,7 @@ class QwenRayLM(LM):
         for i, request in enumerate(requests):
             groups.setdefault(self._sampling(request.args[1]), []).append(i)
         results = [""] * len(requests)
-        with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as bar:
+        with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm or None) as bar:
             for sampling, members in groups.items():
                 room = self.max_length - sampling.max_tokens
                 if room < 1:
@@ -195,7 +195,7 @@ class QwenRayLM(LM):
             grouped.setdefault(tuple(context), {}).setdefault(tuple(continuation))
         order = sorted(grouped, key=lambda context: (-len(context), context))
         items = [(list(context), [list(c) for c in grouped[context]]) for context in order]
-        with tqdm(total=sum(map(len, grouped.values())), desc="Scoring", disable=quiet) as bar:
+        with tqdm(total=sum(map(len, grouped.values())), desc="Scoring", disable=quiet or None) as bar:
             scored = self.backend.score(items, bar.update)
         found = {
             (context, continuation): score

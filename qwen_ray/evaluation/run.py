@@ -43,16 +43,11 @@ def evaluate_local(
             where=str(adapter),
             fix="name the adapter/ folder of a training run",
         )
-    import torch
-
     from qwen_ray.evaluation.lm import QwenRayLM
     from qwen_ray.serving.backends import EngineBackend
     from qwen_ray.serving.engines.torch import TorchEngine
 
-    on_gpu = torch.cuda.is_available()
-    engine = TorchEngine.load(
-        ref, dtype=torch.bfloat16 if on_gpu else torch.float32, device="cuda" if on_gpu else "cpu"
-    )
+    engine = TorchEngine.load(ref)
     key = None
     if adapter is not None:
         key = "adapter"

@@ -31,6 +31,7 @@ _ARGS: dict[str, Any] = {
     "adapters": {},
     "replicas": 1,
     "cpus_per_replica": 0.5,
+    "gpus_per_replica": 0.0,
     "threads": 1,
     "adapter_bytes": 2 * 2**30,
 }
@@ -133,7 +134,10 @@ def build(args: Mapping[str, Any]) -> Application:
         num_replicas=int(values["replicas"]),
         max_ongoing_requests=_ONGOING,
         logging_config=_QUIET,
-        ray_actor_options={"num_cpus": float(values["cpus_per_replica"])},
+        ray_actor_options={
+            "num_cpus": float(values["cpus_per_replica"]),
+            "num_gpus": float(values["gpus_per_replica"]),
+        },
     )
     ingress = serve.deployment(
         serve.ingress()(Ingress),
@@ -156,12 +160,14 @@ def start(
     port: int = 8000,
     replicas: int = 1,
     cpus_per_replica: float = 0.5,
+    gpus_per_replica: float = 0.0,
     threads: int = 1,
 ) -> str:
     """Serve ``model`` on the connected Ray cluster; returns the base URL once ``/health`` answers.
 
     ``registry``: adapters by name and version. ``adapters``: PEFT folders by name, without versions.
-    ``cpus_per_replica``: logical CPUs reserved in Ray; ``threads``: torch threads of each replica.
+    ``cpus_per_replica``, ``gpus_per_replica``: reserved in Ray; a replica that has a GPU computes on it.
+    ``threads``: torch threads of each replica.
     ``port`` 0 takes a free one. Raises :class:`UserError` if the port is taken or the model is unknown.
     """
     from ray import serve
@@ -173,6 +179,7 @@ def start(
             "adapters": dict(adapters or {}),
             "replicas": replicas,
             "cpus_per_replica": cpus_per_replica,
+            "gpus_per_replica": gpus_per_replica,
             "threads": threads,
         }
     )

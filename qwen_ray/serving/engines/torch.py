@@ -73,15 +73,18 @@ class TorchEngine:
         ref: models.ModelRef,
         *,
         threads: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        device: str | None = None,
     ) -> TorchEngine:
-        """Load a model and its tokenizer. ``threads``: torch threads of this whole process."""
+        """Load a model and its tokenizer: in bfloat16 on a GPU where there is one, else float32 on the CPU.
+
+        ``threads``: torch threads of this whole process.
+        """
         if threads is not None:
             torch.set_num_threads(threads)
-        model = models.load_model(ref, dtype=dtype)
-        if device != "cpu":
-            model = model.to(device)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        model = models.load_model(ref, dtype=dtype).to(device)
         return cls(
             model,
             models.load_tokenizer(ref),
