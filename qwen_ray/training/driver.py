@@ -43,14 +43,17 @@ _FREE: dict[str, Any] = {"cluster": {"address", "max_failures"}, "tracking": Tru
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run. ``artifact`` is the PEFT folder (LoRA) or model folder (full)."""
+    """A finished run. ``artifact`` is the PEFT folder (LoRA) or model folder (full).
+
+    ``loss`` is the last step's, ``eval_loss`` the last on held-out records, in nats per supervised token.
+    """
 
     out: Path
     artifact: Path
     steps: int
-    loss: float | None
-    eval_loss: float | None
     resumed_from: int
+    loss: float
+    eval_loss: float | None
 
 
 def run_training(config: RunConfig, *, progress: Progress | None = None) -> TrainedRun:
@@ -138,8 +141,17 @@ def _decides(config: RunConfig) -> str:
 
 
 def _finished(out: Path, run: dict[str, Any]) -> TrainedRun:
-    result = run["result"]
-    return TrainedRun(out, out / result.pop("artifact"), **result)
+    result, rows = run["result"], read_metrics(out)
+    if not rows:
+        raise RuntimeError(f"{out} holds no metrics: is it on storage that every node mounts?")
+    return TrainedRun(
+        out=out,
+        artifact=out / result["artifact"],
+        steps=result["steps"],
+        resumed_from=result["resumed_from"],
+        loss=rows[-1]["loss"],
+        eval_loss=next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None),
+    )
 
 
 def _run_alone(config: RunConfig, out: Path, run_id: str, progress: Progress | None) -> dict[str, Any]:

@@ -46,11 +46,9 @@ OnMetrics = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Result:
-    """What a run ended with. Losses are nats per supervised token."""
+    """How far a run went, and the step it went on from. Its losses are in its metrics."""
 
     steps: int
-    loss: float | None
-    eval_loss: float | None
     resumed_from: int
 
 
@@ -78,12 +76,14 @@ class TokenLoss(nn.Module):
         supervised = labels != IGNORE
         inputs, targets = hidden[:, :-1][supervised], labels[supervised]
         head = base.get_output_embeddings()
-        # Zero, but joined to every trained weight: a rank without a supervised token must still take part.
-        loss = hidden.sum() * 0.0
+        if len(targets) == 0:
+            # Zero, but joined to the trained weights: a rank without a supervised token must still take part.
+            return hidden.float().sum() * 0.0
+        losses = []
         for start in range(0, len(targets), LOGITS_CHUNK):
             logits = head(inputs[start : start + LOGITS_CHUNK]).float()
-            loss = loss + F.cross_entropy(logits, targets[start : start + LOGITS_CHUNK], reduction="sum")
-        return loss
+            losses.append(F.cross_entropy(logits, targets[start : start + LOGITS_CHUNK], reduction="sum"))
+        return torch.stack(losses).sum()
 
 
 @dataclass
@@ -137,7 +137,6 @@ def train(config: RunConfig, *, strategy: Ddp, store: ckpt.CheckpointStore, on_m
     optim, stream = config.optim, run.data.stream
     total_steps = optim.max_steps or max(1, -(-stream.rows_in(optim.epochs) // run.rows_a_step))
     first = restore(run, store)
-    result = Result(steps=total_steps, loss=None, eval_loss=None, resumed_from=first)
 
     for step in range(first, total_steps):
         started = time.perf_counter()
@@ -161,16 +160,14 @@ def train(config: RunConfig, *, strategy: Ddp, store: ckpt.CheckpointStore, on_m
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
 
-        result.loss = float(strategy.sum(loss_sum)) / supervised  # the step's one wait for the device
-        if not math.isfinite(result.loss):
-            raise FloatingPointError(
-                f"the loss is {result.loss} at step {step + 1}; lower optim.learning_rate"
-            )
+        loss = float(strategy.sum(loss_sum)) / supervised  # the step's one wait for the device
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step + 1}; lower optim.learning_rate")
         seconds = time.perf_counter() - started
         metrics: dict[str, Any] = {
             "step": step + 1,
             "total_steps": total_steps,
-            "loss": result.loss,
+            "loss": loss,
             "learning_rate": rate,
             "grad_norm": float(norm),
             "tokens_per_second": sum(row.tokens for row in rows) / seconds,
@@ -179,15 +176,13 @@ def train(config: RunConfig, *, strategy: Ddp, store: ckpt.CheckpointStore, on_m
         }
         done = step + 1 == total_steps
         if done or (step + 1) % config.evaluate.every_steps == 0:
-            losses = validation_loss(run)
-            result.eval_loss = losses.get("eval_loss")
-            metrics |= losses
+            metrics |= validation_loss(run)
         if strategy.rank == 0:
             on_metrics(metrics)
         if done or (step + 1) % config.checkpoint.every_steps == 0:
             writer = (lambda folder: save(run, step + 1, folder)) if strategy.rank == 0 else None  # noqa: B023
             store.save(step + 1, writer, metrics)
-    return result
+    return Result(steps=total_steps, resumed_from=first)
 
 
 def set_up(config: RunConfig, strategy: Ddp) -> Run:

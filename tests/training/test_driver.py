@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from qwen_ray import models
-from qwen_ray.fsio import read_json
+from qwen_ray.fsio import read_json, write_json
 from qwen_ray.training.tracking import Tracker, read_metrics, wandb_mode
 from tests.training.test_loop import config
 
@@ -140,6 +141,21 @@ def test_the_same_command_again_is_done_at_once(tmp_path: Path, data_file: Path)
     again = run_training(settings)
     assert again == first
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+
+
+def test_a_driver_lost_after_the_last_step_only_has_to_finish(tmp_path: Path, data_file: Path) -> None:
+    """Killed between the last checkpoint and the adapter's folder."""
+    from qwen_ray.training.driver import run_training
+
+    settings = config(data_file, tmp_path / "run", "optim.max_steps=4")
+    first = run_training(settings)
+    weights = adapter_bytes(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    run = read_json(tmp_path / "run" / "run.json")
+    write_json(tmp_path / "run" / "run.json", {**run, "state": "running", "result": None})
+    again = run_training(settings)
+    assert (again.resumed_from, again.loss, again.eval_loss) == (4, first.loss, first.eval_loss)
+    assert adapter_bytes(tmp_path / "run") == weights
 
 
 BAD = [

@@ -94,7 +94,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path: Path, data
     rows, result = run(settings, store)
     assert sum(r["loss"] for r in rows[-5:]) < 0.9 * sum(r["loss"] for r in rows[:5])
     assert [r["step"] for r in rows if "eval_loss" in r] == [10, 20, 30]
-    assert result.eval_loss == rows[-1]["eval_loss"]
+    assert result.steps == rows[-1]["step"] == rows[-1]["total_steps"]
     with store.latest() as folder:
         assert folder is not None
         assert {p.name for p in (folder / "adapter").iterdir()} >= {
@@ -178,7 +178,7 @@ def test_schedules() -> None:
         values = rates(schedule=schedule)
         assert values[:4] == [0.25, 0.5, 0.75, 1.0]
         assert max(values) == 1.0
-        assert all(a >= b for a, b in itertools.pairwise(values))
+        assert all(a >= b for a, b in itertools.pairwise(values[4:]))
     assert rates(schedule="constant")[-1] == 1.0
     assert rates(schedule="linear")[-1] == pytest.approx(1 / 16)
     assert rates(schedule="cosine", min_learning_rate_ratio=0.1)[-1] == pytest.approx(0.1086, abs=1e-3)
