@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_ray.errors import UserError
 from qwen_ray.serving.engines.base import (
@@ -23,6 +23,9 @@ from qwen_ray.serving.engines.packing import check_ids
 from qwen_ray.serving.engines.torch import TorchEngine, prompt_item
 from qwen_ray.serving.protocol import ChatRequest, CompletionRequest
 from qwen_ray.serving.scheduler import Generation, Scheduler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Json = dict[str, Any]
 
@@ -61,12 +64,27 @@ class Plan:
         return sum(map(len, self.prompts))
 
 
+def _answer_lead(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes between the prompt and an answer: the model will, and it is not content.
+
+    Empty for Qwen's template; a space for one that ends the prompt in ``Answer:``.
+    """
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    if not tokenizer.chat_template:
+        return ""
+    prompt = str(tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True))
+    whole = str(tokenizer.apply_chat_template([question, answer], tokenize=False))
+    lead = whole.removeprefix(prompt).partition("a")[0]
+    return lead if whole.startswith(prompt) and lead.isspace() else ""
+
+
 class Completions:
     """Runs plans on a scheduler. All methods belong to one event loop."""
 
     def __init__(self, engine: TorchEngine, scheduler: Scheduler) -> None:
         self._engine, self._scheduler = engine, scheduler
         self.token_text = lru_cache(maxsize=2**17)(lambda token: str(engine.tokenizer.decode([token])))
+        self._answer_lead = _answer_lead(engine.tokenizer)
 
     # -- plans
 
@@ -196,7 +214,11 @@ class Completions:
             if plan.top is not None:
                 entries = zip(result.ids, result.logprobs, result.top, strict=True)
                 logprobs = {"content": [self._chat_logprob(*entry) for entry in entries], "refusal": None}
-            message = {"role": "assistant", "content": result.text, "refusal": None}
+            message = {
+                "role": "assistant",
+                "content": result.text.removeprefix(self._answer_lead),
+                "refusal": None,
+            }
             return {
                 "index": index,
                 "message": message,
@@ -316,7 +338,10 @@ class Completions:
                 logprobs, offsets[index] = block.body, block.offset
         choice: Json = {"index": index, "logprobs": logprobs, "finish_reason": event.finish_reason}
         if plan.kind == "chat":
-            choice["delta"] = {"content": event.text}
+            # Offsets are not needed for logprobs here; they tell the answer's beginning.
+            text = event.text if offsets[index] else event.text.removeprefix(self._answer_lead)
+            offsets[index] += len(event.text)
+            choice["delta"] = {"content": text}
         else:
             choice["text"] = event.text
         return self._envelope(plan, [choice], chunk=True)
