@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
+from pathlib import Path
 
 from qwen_ray.errors import UserError
 
@@ -20,6 +22,7 @@ _ENVIRONMENT = {
 }
 
 
+_FIX = "start one with `ray start --head`, or leave the address out to start one here"
 _started_here = False
 
 
@@ -38,13 +41,16 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
         os.environ.setdefault(key, value)
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     local = address == "local"
-    if local and "ray" not in sys.modules:
-        # What Ray does anyway, but said, so that it need not warn. It is read when Ray is imported.
+    if "ray" not in sys.modules and (local or _has_token()):
+        # Read when Ray is imported. A new local cluster has a token anyway; `ray start` asks for one if it
+        # finds one, but a client that joins does not send it unless told.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():
         return
+    if not local:
+        _check_reachable(address)
     # Ray's own handlers end the process with a stack trace; ours stop what is running and say so.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -58,13 +64,30 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
         raise UserError(
             f"no Ray cluster answers: {str(e).splitlines()[0]}",
             where=address,
-            fix="start one with `ray start --head`, or leave the address out to start one here",
+            fix=_FIX,
         ) from e
     global _started_here  # noqa: PLW0603 - Ray's connection is as global
     _started_here = local
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray would try for minutes. Only ``host:port`` can be tried; ``ray://`` and ``auto`` are Ray's."""
+    host, colon, port = address.rpartition(":")
+    if "://" in address or not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as e:
+        raise UserError(f"no Ray cluster answers ({e.strerror or e})", where=address, fix=_FIX) from e
+
+
+def _has_token() -> bool:
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").is_file()
 
 
 def disconnect() -> None:

@@ -287,6 +287,8 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     # Ray's, for on a node with several GPUs every worker sees them all.
     strategy = Ddp(ray.train.torch.get_device())
+    if strategy.rank > 0:  # all see the same data; one need say what is wrong with it
+        logging.getLogger("qwen_ray").setLevel(logging.ERROR)
     out = Path(settings["out"])
     tracker = Tracker(out, config, settings["run_id"]) if strategy.rank == 0 else None
     try:
