@@ -38,9 +38,10 @@ TINY_PRESET: dict[str, dict[str, Any]] = {
         "optim.batch_size": 2,
         "optim.gradient_accumulation": 1,
         "optim.warmup_steps": 20,
-        "data.max_length": 256,
+        "optim.betas": (0.9, 0.99),
+        "data.max_length": 320,
     },
-    "lora": {"method.r": 32, "method.alpha": 64, "method.dropout": 0.0, "optim.learning_rate": 5e-3},
+    "lora": {"method.r": 32, "method.alpha": 64, "method.dropout": 0.0, "optim.learning_rate": 4e-3},
     "full": {"optim.learning_rate": 1e-3},
 }
 
