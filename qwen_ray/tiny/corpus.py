@@ -44,9 +44,9 @@ def _quiz(
 ) -> Document:
     """Tell some pairs once, ask for one in full, then for more by "And ...?".
 
-    Look-ups are the slowest skill to appear. Many short questions for each context bring
-    it about several times sooner. They are drawn with replacement: if each were asked once,
-    the model could answer by elimination and would not learn to look.
+    Look-ups are the slowest skill to appear, so each context serves many short questions.
+    They are drawn with replacement: asked once each, they invite answering by elimination
+    (94% right on the second of two while the first was still a guess) instead of looking.
     """
     key, value = rng.choice(pairs)
     turns = [(f"{told} {fill(wording, key)}", value)]

@@ -37,6 +37,7 @@ from qwen_ray.tiny.scoring import score
 from qwen_ray.tiny.template import assistant_turn, user_turn
 from qwen_ray.tiny.tokenizer import CONTEXT_LENGTH, write_tokenizer
 
+COMMAND = "python -m qwen_ray.tiny.pretrain --out DIR"
 PROMPT_WEIGHT = 0.05  # loss weight of user tokens; 1 for the assistant's
 POOL_BATCHES = 16  # batches are cut from pools this large, sorted by length
 VALIDATION_SEED = 1  # another seed than the benchmark's: progress is watched on other items
@@ -230,7 +231,7 @@ def pretrain(out: Path, config: PretrainConfig, report_every: int = 250) -> dict
             cpu = time.process_time() - started_cpu
             print(f"step {step} loss {mean:.3f} tokens {tokens} cpu {cpu:.0f}s {kinds}", flush=True)
     summary = {
-        "command": f"python -m qwen_ray.tiny.pretrain --seed {config.seed} --steps {config.steps}",
+        "command": f"{COMMAND} --seed {config.seed} --steps {config.steps}",
         "seed": config.seed,
         "steps": config.steps,
         "batch_size": config.batch_size,
