@@ -159,9 +159,54 @@ def _train(args: argparse.Namespace, output: Output) -> int:
         "loss": run.loss,
         "eval_loss": run.eval_loss,
         "resumed_from": run.resumed_from,
+        "stopped": run.stopped,
     }
+    if run.stopped:
+        output.note(f"stopped early: {run.stopped}")
     held_out = "" if run.eval_loss is None else f", held-out {run.eval_loss:.4f}"
     output.result(value, f"{run.steps} steps, loss {run.loss:.4f}{held_out}\n{run.artifact}")
+    return EXIT_OK
+
+
+def _plan(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.config import build_config
+    from qwen_ray.planner.hardware import hardware
+    from qwen_ray.planner.plan import plan
+    from qwen_ray.planner.text import count_tokens, plan_text
+
+    flags = {
+        "model.name": args.model,
+        "method.name": args.method,
+        "strategy.name": args.strategy,
+        "data.max_length": args.sequence_length,
+        "optim.epochs": args.epochs,
+    }
+    config = build_config(
+        Path(args.config) if args.config else None,
+        flags={key: value for key, value in flags.items() if value is not None},
+        sets=args.set,
+    )
+    machine = hardware(args.gpu, gpus_per_node=args.gpus, nodes=args.nodes, price=args.price)
+    tokens = args.tokens
+    files = [Path(file) for file in args.data or config.data.train]
+    if tokens is None and files:
+        tokens = count_tokens(files, config.model.name, max_length=config.data.max_length)
+    result = plan(config, machine, tokens or 0.0)
+    output.result(result.to_dict(every=args.all), plan_text(result, every=args.all))
+    return EXIT_OK if result.fits else EXIT_GATE_SAID_NO
+
+
+def _merge(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.training.merge import merge
+
+    weights = args.weight or [1.0] * len(args.adapter)
+    if len(weights) != len(args.adapter):
+        raise UserError(
+            f"{len(args.adapter)} adapters and {len(weights)} weights", where="--weight", fix="one for each"
+        )
+    adapters = [(Path(folder), weight) for folder, weight in zip(args.adapter, weights, strict=True)]
+    out = merge(args.model, adapters, Path(args.out), dtype=args.dtype)
+    output.result({"out": str(out)}, str(out))
     return EXIT_OK
 
 
@@ -344,7 +389,9 @@ def build_parser() -> argparse.ArgumentParser:
     _example(p, "qwen-ray demo --out runs/demo")
     p.add_argument("--out", default="runs/demo", help="folder for everything the demo makes (%(default)s)")
     _add_data(verbs)
+    _add_plan(verbs)
     _add_train(verbs)
+    _add_merge(verbs)
     _add_eval(verbs)
     _add_compare(verbs)
     _add_serve(verbs)
@@ -390,7 +437,7 @@ def _add_train(verbs: Any) -> None:
     )
     p.add_argument("--config", metavar="FILE", help="configuration (YAML); the options below override it")
     p.add_argument("--model", help="alias (tiny, 3b ...), hub id or folder")
-    p.add_argument("--method", help="lora or full")
+    p.add_argument("--method", help="lora, qlora or full")
     p.add_argument(
         "--data",
         action="append",
@@ -401,13 +448,52 @@ def _add_train(verbs: Any) -> None:
     p.add_argument("--steps", type=_positive, help="optimizer steps (default: by epochs)")
     p.add_argument("--seed", type=int, help="order of the data, initial adapter weights, dropout")
     p.add_argument("--out", help="the run's folder")
-    p.add_argument(
-        "--set",
-        action="append",
-        metavar="KEY=VALUE",
-        help="any other key of the configuration, such as method.r=32; may be repeated",
-    )
+    _set_option(p)
     p.add_argument("--dry-run", action="store_true", help="print the complete configuration and stop")
+
+
+def _add_plan(verbs: Any) -> None:
+    p = _verb(verbs, "plan", _plan, "say what a run needs and costs on given GPUs, and what fits; exit 3: no")
+    _example(
+        p,
+        "qwen-ray plan --model 7b --method full --gpu h100-80gb --gpus 8 --tokens 20e6",
+        "qwen-ray plan --config configs/14b-lora-4x80gb.yaml --gpu a100-80gb --gpus 4 --data a.jsonl --all",
+    )
+    p.add_argument("--config", metavar="FILE", help="YAML configuration")
+    p.add_argument("--model", help="alias, hub id or folder")
+    p.add_argument("--method", choices=["lora", "qlora", "full"], help="what is trained")
+    p.add_argument("--strategy", choices=["auto", "ddp", "fsdp", "deepspeed"], help="default: the cheapest")
+    p.add_argument("--sequence-length", type=_positive, metavar="TOKENS", help="length of a row")
+    p.add_argument("--gpu", default="h100-80gb", help="GPU, by its name in the catalogue (%(default)s)")
+    p.add_argument("--gpus", type=_positive, default=1, help="GPUs of a node (%(default)s)")
+    p.add_argument("--nodes", type=_positive, default=1, help="nodes (%(default)s)")
+    p.add_argument("--price", type=float, metavar="DOLLARS", help="of a GPU-hour (the catalogue's)")
+    amount = p.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--data", action="append", metavar="FILE", help="data whose tokens are counted; may be repeated"
+    )
+    amount.add_argument("--tokens", type=float, help="tokens of one epoch")
+    p.add_argument("--epochs", type=float, help="passes over the data")
+    _set_option(p)
+    p.add_argument("--all", action="store_true", help="show every layout that was tried")
+
+
+def _add_merge(verbs: Any) -> None:
+    p = _verb(verbs, "merge", _merge, "write a model with its adapter merged in, as full weights")
+    _example(
+        p,
+        "qwen-ray merge --model 3b --adapter runs/bio/adapter --out models/bio-3b --dtype bf16",
+        "qwen-ray merge --model 3b --adapter A --weight 0.7 --adapter B --weight 0.3 --out models/both",
+    )
+    p.add_argument("--model", required=True, help="the adapter's base: alias, hub id or folder")
+    p.add_argument(
+        "--adapter", required=True, action="append", metavar="FOLDER", help="PEFT adapter; several add up"
+    )
+    p.add_argument(
+        "--weight", type=float, action="append", help="share of each adapter, in the same order (1)"
+    )
+    p.add_argument("--out", required=True, help="model folder to write; must not exist")
+    p.add_argument("--dtype", help="fp32, bf16 or fp16 (default: as the base is stored)")
 
 
 def _add_eval(verbs: Any) -> None:
@@ -509,6 +595,15 @@ def _verb(parent: Any, name: str, run: Verb, help_text: str) -> argparse.Argumen
 def _group(parent: Any, name: str, help_text: str) -> Any:
     parser = parent.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
     return parser.add_subparsers(metavar="VERB", required=True)
+
+
+def _set_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="any other key of the configuration, such as method.r=32; may be repeated",
+    )
 
 
 def _registry_option(parser: argparse.ArgumentParser) -> None:

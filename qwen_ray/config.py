@@ -32,8 +32,8 @@ class ModelConfig(Section):
 
 
 class MethodConfig(Section):
-    name: Literal["lora", "full"] = "lora"
-    """What is trained: a low-rank adapter, or every weight."""
+    name: Literal["lora", "qlora", "full"] = "lora"
+    """What is trained: a low-rank adapter, one over a base in 4 bits (arXiv 2305.14314), or every weight."""
     r: Annotated[int, Field(ge=1, le=1024)] = 16
     """LoRA rank."""
     alpha: Annotated[float, Field(gt=0)] = 32
@@ -44,6 +44,24 @@ class MethodConfig(Section):
     """Which linear layers get an adapter: all but the output head, q_proj and v_proj only, or by name."""
     rslora: bool = False
     """Rank-stabilised scaling, alpha / sqrt(r) (arXiv 2312.03732)."""
+    dora: bool = False
+    """Train a magnitude for each output beside the low-rank direction (arXiv 2402.09353)."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """How the adapter starts: Kaiming A and zero B, Gaussian A, orthogonal, or from the base's principal
+    singular values (arXiv 2404.02948) or QR factors (arXiv 2406.01775)."""
+    lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354, advises 16). 1: the same."""
+    quantization: Literal["nf4", "fp4"] = "nf4"
+    """qlora: the 4-bit format of the frozen base."""
+    double_quantization: bool = True
+    """qlora: quantise the quantisation constants too, which saves 0.4 bit a weight."""
+
+
+class StageConfig(Section):
+    until: Annotated[float, Field(gt=0, le=1)]
+    """Where the stage ends, as a share of the run. The last one ends at 1."""
+    weights: dict[str, Annotated[float, Field(ge=0)]]
+    """Share of each domain during the stage."""
 
 
 class DataConfig(Section):
@@ -60,10 +78,16 @@ class DataConfig(Section):
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Length of a row in tokens. Longer records are cut at the end, and counted."""
     packing: bool = True
-    """Put several records into a row, isolated from one another. Off: one record a row."""
+    """Put several records into a row, isolated from one another, by best fit. Off: one record a row."""
+    packing_window: Annotated[int, Field(ge=1)] = 64
+    """Rows packed together: a larger window fills rows better and looks further ahead in the mixture."""
+    stages: list[StageConfig] = []
+    """Weights that change over the run (a curriculum). Instead of weights."""
 
 
 class OptimConfig(Section):
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW with its state in float32, or in 8 bits (arXiv 2110.02861, bitsandbytes; a quarter of it)."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate. Default 2e-4 for LoRA, 2e-5 for full fine-tuning."""
     epochs: Annotated[float, Field(gt=0)] = 3.0
@@ -91,19 +115,53 @@ class OptimConfig(Section):
 
 
 class StrategyConfig(Section):
-    name: Literal["auto", "ddp"] = "auto"
-    """How the model is spread over workers. ddp: one whole copy each."""
+    name: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
+    """How the model is spread over workers. ddp: one whole copy each. fsdp: parameters, gradients and
+    optimizer state in shards (FSDP2). deepspeed: ZeRO. auto: the planner's choice for this hardware."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """deepspeed: shard the optimizer state (1), gradients too (2), parameters too (3)."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """deepspeed: where the optimizer state is kept and stepped."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """deepspeed stage 3: where parameters wait when not in use."""
+    nvme_path: str | None = None
+    """deepspeed: a folder on a local NVMe disk, for the nvme offloads."""
+    reshard_after_forward: bool = True
+    """fsdp: free a layer's gathered parameters after its forward pass. Off: faster, and more memory."""
+
+
+class ComputeConfig(Section):
+    attention: Literal["auto", "varlen", "documents", "block_mask"] = "auto"
+    """Kernel for isolated documents. varlen: torch's variable-length flash kernel (GPU, bf16 or fp16).
+    documents: each document by itself, in batches of similar length. block_mask: one masked matrix a row.
+    auto: varlen where it runs, else documents."""
+    loss: Literal["auto", "chunked", "liger"] = "auto"
+    """Cross-entropy: in chunks, so that the logits never exist whole, or Liger's fused kernel (GPU).
+    auto: chunked."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass rather than keep its activations."""
+    activation_offload: bool = False
+    """Keep what the backward pass needs in host memory instead of on the GPU."""
+    compile: bool = False
+    """torch.compile each layer."""
 
 
 class ClusterConfig(Section):
     workers: Annotated[int, Field(ge=0)] = 1
     """Training workers. 0: run in this process, without Ray."""
+    min_workers: Annotated[int, Field(ge=1)] | None = None
+    """Elastic: go on with as few as this when nodes are lost, and grow back to workers when they return.
+    Default: always workers."""
+    resize_seconds: Annotated[float, Field(gt=0)] = 60
+    """Elastic: how often to look for returned nodes. A resize goes back to the newest checkpoint."""
     address: str | None = None
     """Ray cluster to join. Default: $RAY_ADDRESS, else a cluster of its own on this machine."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """Logical CPUs reserved for a worker; also its number of threads."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
     """GPUs reserved for a worker. Default: 1 if the cluster has that many GPUs, else 0."""
+    start_seconds: Annotated[float, Field(gt=0)] = 600
+    """How long to wait for the cluster to have room for the workers; nodes may have to be started."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a lost worker group is started again from the newest checkpoint."""
 
@@ -111,6 +169,18 @@ class ClusterConfig(Section):
 class EvaluateConfig(Section):
     every_steps: Annotated[int, Field(ge=1)] = 50
     """Validation loss every so many steps, and at the end."""
+    suites: list[str] = []
+    """Benchmarks (see `qwen-ray eval`) to run on the live weights while training."""
+    suites_every_steps: Annotated[int, Field(ge=1)] = 200
+    """The suites before the first step, every so many steps, and at the end."""
+    suites_limit: Annotated[int, Field(ge=1)] | None = None
+    """Items of each task (all)."""
+    suites_data_dir: str | None = None
+    """The suites' original files, where there is no hub."""
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.04
+    """Forgetting: how far a strength may fall below its score before the first step."""
+    on_forgetting: Literal["warn", "stop", "rollback"] = "warn"
+    """What to do then: say so, end the run there, or end it with the best checkpoint that forgot nothing."""
 
 
 class CheckpointConfig(Section):
@@ -118,6 +188,8 @@ class CheckpointConfig(Section):
     """A checkpoint every so many steps, and at the end."""
     keep: Annotated[int, Field(ge=1)] = 2
     """How many of the newest are kept."""
+    asynchronous: bool = True
+    """Write while the next steps are computed, from a copy in host memory. deepspeed writes in step."""
 
 
 class TrackingConfig(Section):
@@ -125,6 +197,8 @@ class TrackingConfig(Section):
     """auto: online when an API key is set, else offline files inside the run's folder."""
     project: str = "qwen-ray"
     """The wandb project."""
+    examples: bool = False
+    """Write the ids of the records each worker trained on, step by step, to examples-RANK.jsonl."""
 
     @field_validator("wandb", mode="before")
     @classmethod
@@ -140,12 +214,14 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     strategy: StrategyConfig = StrategyConfig()
+    compute: ComputeConfig = ComputeConfig()
     cluster: ClusterConfig = ClusterConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the GPU has it, fp16 with loss scaling where not, fp32 on a CPU."""
+    precision: Literal["auto", "bf16", "pure_bf16", "fp16", "fp32"] = "auto"
+    """Format of matrix products. auto: bf16 where the GPU has it, fp16 with loss scaling where not, fp32 on
+    a CPU. pure_bf16 also keeps trained weights and optimizer state in bf16: half the memory, less exact."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides the order of the data, the adapter's initial weights and dropout."""
     out: str = "runs/train"

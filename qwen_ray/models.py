@@ -149,6 +149,17 @@ def context_length(ref: ModelRef) -> int:
     return int(model_config(ref).get("max_position_embeddings") or 2048)
 
 
+def stored_dtype(ref: ModelRef) -> torch.dtype:
+    """The format that the model's weights were published in."""
+    import torch
+
+    config = model_config(ref)
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
 def model_folder(ref: ModelRef) -> Path:
     """The folder with the model's files: the given one, or the hub's cached snapshot."""
     if ref.is_local:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,13 +54,16 @@ def build_dataset(
             log.warning("%d records %s at %d tokens, the first: %s", len(ids), name, max_length, ids[0])
     by_domain = _by_domain(examples)
     sizes = {d: [len(e.ids) if config.unit == "tokens" else 1 for e in es] for d, es in by_domain.items()}
-    mixture = Mixture(sizes, config.weights, seed=seed)
-    stream = RowStream(by_domain, mixture, max_length=max_length, packing=config.packing)
+    mixture = make_mixture(config, sizes, seed=seed)
+    stream = RowStream(
+        by_domain, mixture, max_length=max_length, packing=config.packing, window=config.packing_window
+    )
     manifest = {
         "files": {path: sha256_file(Path(path)) for path in [*config.train, *config.validation]},
         "train_records": {d: len(es) for d, es in sorted(by_domain.items())},
         "validation_records": len(held_out),
         "shares": mixture.shares,
+        "stages": [{"until": until, "shares": shares} for until, shares in mixture.stages],
         "unit": config.unit,
         "max_length": max_length,
         "cut": len(report.cut),
@@ -70,6 +74,12 @@ def build_dataset(
         for domain, es in sorted(_by_domain(held_out).items())
     }
     return Dataset(stream, validation_rows, manifest)
+
+
+def make_mixture(config: DataConfig, sizes: Mapping[str, Sequence[int]], *, seed: int) -> Mixture:
+    """The mixture of ``config`` over domains with these costs; :class:`UserError` if they do not fit."""
+    stages = [(stage.until, stage.weights) for stage in config.stages]
+    return Mixture(sizes, config.weights, seed=seed, stages=stages)
 
 
 def load_splits(config: DataConfig, *, seed: int) -> tuple[list[Record], list[Record]]:

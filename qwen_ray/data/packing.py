@@ -1,11 +1,15 @@
-"""Rows: several examples side by side in one sequence, isolated from one another.
+"""Rows: several examples side by side in one sequence, isolated from one another; and batches of rows.
 
-Isolation is by segment: a token attends only to tokens of its own segment, and positions start at 0 in
-each, so packed and unpacked give the same logits.
+Isolation is by document: a token attends only to tokens of its own document, and positions start at 0 in
+each, so packed and unpacked give the same logits. A batch has no padding and no row borders: all its
+documents lie end to end, and :attr:`Batch.offsets` says where each starts.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import random
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,8 +20,6 @@ from qwen_ray.data.tokenise import IGNORE, Example
 if TYPE_CHECKING:
     import torch
 
-PADDING_SEGMENT = -1
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -26,105 +28,290 @@ class Row:
     examples: tuple[Example, ...]
 
     @property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of the records in the row."""
+        return tuple(e.id for e in self.examples)
+
+    @property
     def tokens(self) -> int:
         return sum(len(e.ids) for e in self.examples)
 
     @property
     def supervised(self) -> int:
-        return sum(sum(label != IGNORE for label in e.labels) for e in self.examples)
+        """Number of tokens that carry loss."""
+        return sum(e.supervised for e in self.examples)
 
 
 class RowStream:
     """An endless, resumable stream of rows drawn from a mixture.
 
-    A row takes examples in the mixture's order until the next one does not fit; so the state between rows
-    is the mixture's state and nothing else.
+    With packing, examples are drawn in the mixture's order until no more fit into ``window`` rows, packed by
+    best fit (:func:`pack`), and given out in a shuffled order, so that a row's size does not depend on when
+    it comes. Every example drawn is in exactly one row. The state is the mixture's at the start of the
+    window and the number of rows given out since; the window is made anew from it.
+
+    Without packing a row is one example, and there is no window.
     """
 
     def __init__(
-        self, examples: Mapping[str, Sequence[Example]], mixture: Mixture, *, max_length: int, packing: bool
+        self,
+        examples: Mapping[str, Sequence[Example]],
+        mixture: Mixture,
+        *,
+        max_length: int,
+        packing: bool,
+        window: int = 64,
     ) -> None:
         self._examples, self.mixture = examples, mixture
-        self._max_length, self._packing = max_length, packing
+        self._max_length, self._packing, self._window = max_length, packing, window
+        self._end: int | None = None
+        """The draw at which the planned run ends: a window never reaches beyond it."""
+        self._start = mixture.state()
+        self._served = 0
+        self._rows: list[tuple[Row, int]] = []
+        """Rows of the window with what they cost in the mixture's unit; ``_given`` of them are out."""
+        self._given = 0
 
-    def next_row(self) -> Row:
-        """Draw the next row; never longer than ``max_length`` tokens."""
-        taken: list[Example] = []
-        room = self._max_length
-        while True:
-            domain, index = self.mixture.peek()
-            example = self._examples[domain][index]
-            if taken and len(example.ids) > room:
-                break
-            self.mixture.draw()
-            taken.append(example)
-            room -= len(example.ids)
-            if not self._packing:
-                break
-        return Row(tuple(taken))
+    def plan(self, *, rows: int | None = None, passes: float = 1.0) -> int:
+        """Fix the length of the run: ``rows`` rows, else ``passes`` passes. Returns its number of rows.
 
-    def rows_in(self, passes: float) -> int:
-        """How many rows ``passes`` passes over the mixture make, counted by drawing them from the start."""
+        That decides where the mixture's stages change, and where the last window is cut: the rows of a run
+        of n whole passes hold every example of the domain that limits a pass n times or more. To be called
+        once, before the first row or before :meth:`load_state`. The stream goes on after the run's end.
+        """
+        mixture = self.mixture
         state = self.state()
-        self.load_state(
-            {"drawn": dict.fromkeys(state["drawn"], 0), "served": dict.fromkeys(state["served"], 0)}
-        )
-        rows = 0
-        while self.mixture.served < passes * self.mixture.pass_length:
-            self.next_row()
-            rows += 1
+        self._end = None
+        if rows is None:
+            mixture.plan(passes * mixture.pass_length)
+            mixture.rewind()
+            while not mixture.completed(passes):
+                mixture.draw()
+            self._end = mixture.drawn
+            self._rewind()
+            rows = 0
+            while rows == 0 or mixture.drawn < self._end or self._given < len(self._rows):
+                self.next_row()
+                rows += 1
+        elif len(mixture.stages) > 1:
+            total = rows / self._rows_a_cost()
+            mixture.plan(total)
+            if self._packing:
+                # Rows are not quite full; how full shows when they are made.
+                self._rewind()
+                tokens = sum(self.next_row().tokens for _ in range(rows))
+                mixture.plan(total * tokens / (rows * self._max_length))
         self.load_state(state)
         return rows
 
+    def rows_in(self, passes: float) -> int:
+        """How many rows ``passes`` passes over the mixture make; the stream and its plan stay as they are."""
+        end, total, state = self._end, self.mixture.total, self.state()
+        rows = self.plan(passes=passes)
+        self._end = end
+        self.mixture.plan(total)
+        self.load_state(state)
+        return rows
+
+    @property
+    def served(self) -> int:
+        """Cost of the rows given out so far, in the mixture's unit."""
+        return self._served
+
+    @property
+    def passes(self) -> float:
+        """Passes over the mixture given out so far."""
+        return self._served / self.mixture.pass_length
+
+    def next_row(self) -> Row:
+        """The next row; never longer than ``max_length`` tokens, as no example is."""
+        if not self._packing:
+            domain, index = self.mixture.draw()
+            self._served = self.mixture.served
+            return Row((self._examples[domain][index],))
+        if self._given == len(self._rows):
+            self._open_window()
+        row, cost = self._rows[self._given]
+        self._given += 1
+        self._served += cost
+        return row
+
     def state(self) -> dict[str, Any]:
-        return self.mixture.state()
+        """Where the stream stands; JSON."""
+        if not self._packing:
+            return self.mixture.state()
+        if self._given == len(self._rows):
+            return {**self.mixture.state(), "given": 0}
+        return {**self._start, "given": self._given}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved :meth:`state` of a stream over the same data with the same plan."""
         self.mixture.load_state(state)
+        self._rows, self._given, self._served = [], 0, self.mixture.served
+        for _ in range(state.get("given", 0)):
+            self.next_row()
+
+    def _rows_a_cost(self) -> float:
+        """Rows that a unit of cost makes over the whole run, if they are full."""
+        mixture, total = self.mixture, 0.0
+        for domain, share in mixture.shares.items():
+            examples = self._examples[domain]
+            rows = sum(len(e.ids) for e in examples) / self._max_length if self._packing else len(examples)
+            total += share * rows / mixture.costs[domain]
+        return total
+
+    def _rewind(self) -> None:
+        self.mixture.rewind()
+        self._rows, self._given, self._served = [], 0, 0
+
+    def _open_window(self) -> None:
+        """Draw and pack the longest run of examples that fits into the window's rows."""
+        mixture = self.mixture
+        self._start, first = mixture.state(), mixture.drawn
+        room = self._window * self._max_length
+        drawn: list[tuple[str, int]] = []
+        lengths: list[int] = []
+        while self._end is None or first >= self._end or mixture.drawn < self._end:
+            domain, index = mixture.peek()
+            length = len(self._examples[domain][index].ids)
+            if drawn and length > room:
+                break
+            room -= length
+            drawn.append(mixture.draw())
+            lengths.append(length)
+        bins = best_fit(lengths, self._max_length)
+        while len(bins) > self._window:
+            # A row too many, mostly of a few tokens. It would be nearly empty, so about as many tokens as it
+            # holds go back to the mixture, last drawn first.
+            over = sorted(sum(lengths[i] for i in b) for b in bins)[: len(bins) - self._window]
+            excess = sum(over)
+            while excess > 0:
+                excess -= lengths.pop()
+                mixture.undraw(*drawn.pop())
+            bins = best_fit(lengths, self._max_length)
+        random.Random(f"{mixture.seed}/rows/{first}").shuffle(bins)
+        self._rows = [
+            (
+                Row(tuple(self._examples[drawn[i][0]][drawn[i][1]] for i in b)),
+                sum(mixture.cost(*drawn[i]) for i in b),
+            )
+            for b in bins
+        ]
+        self._given = 0
+
+
+def best_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Pack lengths into bins of ``max_length`` by best fit decreasing; returns the indices in each bin.
+
+    Longest first, each into the fullest bin that has room, else into a new one (Ding et al., "Fewer
+    Truncations Improve Language Modeling", arXiv 2404.10830). Bins are kept sorted by their room, so the
+    best is found by bisection. The same lengths always give the same bins.
+    """
+    bins: list[list[int]] = []
+    open_bins: list[tuple[int, int]] = []  # (room, bin), ascending
+    if not lengths:
+        return bins
+    shortest = min(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect_left(open_bins, (lengths[i], 0))
+        if at < len(open_bins):
+            room, b = open_bins.pop(at)
+            bins[b].append(i)
+        else:
+            room, b = max_length, len(bins)
+            bins.append([i])
+        room -= lengths[i]
+        if room >= shortest:
+            insort(open_bins, (room, b))
+    return bins
 
 
 def pack(examples: Iterable[Example], *, max_length: int, packing: bool) -> list[Row]:
-    """Rows of a fixed list of examples, in order (validation data)."""
-    rows: list[Row] = []
-    taken: list[Example] = []
-    for example in examples:
-        if taken and (not packing or sum(len(e.ids) for e in taken) + len(example.ids) > max_length):
-            rows.append(Row(tuple(taken)))
-            taken = []
-        taken.append(example)
-    if taken:
-        rows.append(Row(tuple(taken)))
-    return rows
+    """Rows of a fixed list of examples (validation data), by best fit; without packing one each."""
+    examples = list(examples)
+    if not packing:
+        return [Row((example,)) for example in examples]
+    bins = best_fit([len(e.ids) for e in examples], max_length)
+    return [Row(tuple(examples[i] for i in b)) for b in bins]
 
 
-def collate(rows: Sequence[Row], pad_id: int) -> dict[str, torch.Tensor]:
-    """Tensors ``[rows, longest]``, int64: input_ids, labels, position_ids, segments (-1 where padded)."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Documents of some rows laid end to end: T tokens in D documents, S of them predicted."""
+
+    input_ids: torch.Tensor
+    """[1, T] int64."""
+    position_ids: torch.Tensor
+    """[1, T] int64, from 0 in each document."""
+    offsets: torch.Tensor
+    """[D + 1] int32: the start of each document, then T. Kernels call it cu_seqlens."""
+    lengths: tuple[int, ...]
+    """Length of each document, on the host, so that nothing waits for the device."""
+    where: torch.Tensor
+    """[S] int64: positions whose hidden state predicts a token that carries loss, the one after."""
+    targets: torch.Tensor
+    """[S] int64: the tokens they predict."""
+    tokens: int
+    """Number of tokens without padding."""
+    supervised: int
+    """S."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy on ``device``. To a GPU it goes through pinned memory and is not waited for."""
+        import torch
+
+        device = torch.device(device)
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if device.type == "cuda" and tensor.device.type == "cpu":
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
+        return dataclasses.replace(
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            offsets=move(self.offsets),
+            where=move(self.where),
+            targets=move(self.targets),
+        )
+
+
+def collate(rows: Sequence[Row], pad_id: int, *, pad_to: int | None = None) -> Batch:
+    """Make a :class:`Batch` of rows, on the CPU.
+
+    ``pad_to`` fixes T: the rest is documents of ``pad_id`` without loss, none longer than the longest real
+    one. Without any row the batch is one token of padding. Raises ValueError if the rows are longer.
+    """
+    import numpy as np
     import torch
 
-    length = max(row.tokens for row in rows)
-    shape = (len(rows), length)
-    batch = {
-        "input_ids": torch.full(shape, pad_id),
-        "labels": torch.full(shape, IGNORE),
-        "position_ids": torch.zeros(shape, dtype=torch.long),
-        "segments": torch.full(shape, PADDING_SEGMENT),
-    }
-    for r, row in enumerate(rows):
-        at = 0
-        for s, example in enumerate(row.examples):
-            end = at + len(example.ids)
-            batch["input_ids"][r, at:end] = torch.tensor(example.ids)
-            batch["labels"][r, at:end] = torch.tensor(example.labels)
-            batch["position_ids"][r, at:end] = torch.arange(len(example.ids))
-            batch["segments"][r, at:end] = s
-            at = end
-    return batch
+    documents = [e for row in rows for e in row.examples]
+    lengths = [len(e.ids) for e in documents]
+    tokens = sum(lengths)
+    total = max(1, tokens) if pad_to is None else pad_to
+    if tokens > total:
+        raise ValueError(f"{tokens} tokens do not fit into a batch of {total}")
+    longest = max(lengths, default=total)
+    while (left := total - sum(lengths)) > 0:
+        lengths.append(min(left, longest))
 
-
-def block_mask(segments: torch.Tensor) -> torch.Tensor:
-    """Who may see whom: bool ``[rows, 1, length, length]``, causal inside each segment."""
-    import torch
-
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    return (segments[:, None, :, None] == segments[:, None, None, :]) & causal
+    input_ids = np.full(total, pad_id, dtype=np.int64)
+    labels = np.full(total, IGNORE, dtype=np.int64)
+    input_ids[:tokens] = [token for e in documents for token in e.ids]
+    labels[:tokens] = [label for e in documents for label in e.labels]
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    labels[offsets[:-1]] = IGNORE  # nothing predicts the first token of a document
+    (predicted,) = np.nonzero(labels != IGNORE)
+    position_ids = np.arange(total) - np.repeat(offsets[:-1], lengths)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids)[None],
+        position_ids=torch.from_numpy(position_ids)[None],
+        offsets=torch.from_numpy(offsets),
+        lengths=tuple(lengths),
+        where=torch.from_numpy(predicted - 1),
+        targets=torch.from_numpy(labels[predicted]),
+        tokens=tokens,
+        supervised=len(predicted),
+    )

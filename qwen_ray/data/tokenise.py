@@ -7,8 +7,10 @@ another. Qwen's are.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from qwen_ray.data.records import Record
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
+CHUNK = 1000
+"""Records tokenised together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,12 @@ class Example:
     domain: str
     ids: list[int]
     labels: list[int]
+    supervised: int = field(init=False, compare=False)
+    """Number of tokens that carry loss; never the first, which nothing predicts."""
+
+    def __post_init__(self) -> None:
+        count = sum(label != IGNORE for label in self.labels[:1])
+        object.__setattr__(self, "supervised", len(self.labels) - self.labels.count(IGNORE) - count)
 
 
 @dataclass
@@ -41,7 +51,7 @@ class TokeniseReport:
 
 
 def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a record and the character spans ``[start, end)`` of the assistant's turns."""
+    """The text of a record and the character spans ``[start, end)`` of the assistant's turns, ascending."""
     turns = [{"role": m.role, "content": m.content} for m in record.messages]
     text = _template(tokenizer, turns, prompt=False)
     spans = []
@@ -49,7 +59,8 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, lis
         if turn["role"] != "assistant":
             continue
         before = _template(tokenizer, turns[:i], prompt=True)
-        upto = _template(tokenizer, turns[: i + 1], prompt=False)
+        last = i + 1 == len(turns)
+        upto = text if last else _template(tokenizer, turns[: i + 1], prompt=False)
         if not (text.startswith(upto) and upto.startswith(before)):
             raise UserError(
                 "the chat template renders earlier turns differently once later ones follow, so the "
@@ -74,19 +85,39 @@ def tokenise(
     """Tokenise records, cutting each at ``max_length`` tokens."""
     examples: list[Example] = []
     report = TokeniseReport()
-    for record in records:
-        text, spans = render(record, tokenizer)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, labels = list(encoded["input_ids"]), []
-        for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True):
-            inside = any(a <= start and end <= b and end > start for a, b in spans)
-            labels.append(token if inside else IGNORE)
-        if len(ids) > max_length:
-            ids, labels = ids[:max_length], labels[:max_length]
-            report.cut.append(record.id)
-        labels[0] = IGNORE  # nothing predicts the first token of an isolated document
-        if all(label == IGNORE for label in labels):
-            report.dropped.append(record.id)
-            continue
-        examples.append(Example(record.id, record.domain, ids, labels))
+    waiting = iter(records)
+    while chunk := list(islice(waiting, CHUNK)):
+        rendered = [render(record, tokenizer) for record in chunk]
+        # Many texts at once: a fast tokenizer spreads them over threads, and each call has a cost of its own.
+        encoded = tokenizer(
+            [text for text, _ in rendered],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,  # it would warn of texts longer than the model's context, which are cut below
+        )
+        parts = zip(chunk, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for record, (_, spans), all_ids, offsets in parts:
+            ids = all_ids[:max_length]
+            if len(all_ids) > max_length:
+                report.cut.append(record.id)
+            labels = _labels(ids, offsets, spans)
+            labels[:1] = [IGNORE]  # nothing predicts the first token of an isolated document
+            if labels.count(IGNORE) == len(labels):
+                report.dropped.append(record.id)
+                continue
+            examples.append(Example(record.id, record.domain, ids, labels))
     return examples, report
+
+
+def _labels(ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+    """``ids`` where the token lies wholly inside a span, else -100. Offsets and spans ascend."""
+    labels = [IGNORE] * len(ids)
+    for start, end in spans:
+        for t in range(bisect_left(offsets, (start, 0)), len(ids)):
+            a, b = offsets[t]
+            if a >= end:
+                break
+            if a < b <= end:
+                labels[t] = ids[t]
+    return labels

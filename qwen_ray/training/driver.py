@@ -6,7 +6,8 @@ Layout of a run's folder::
     run.json       id, state (running | interrupted | failed | done), result
     metrics.jsonl  one line a step
     adapter/       PEFT folder + lineage.json (LoRA), or model/ (full fine-tuning)
-    checkpoints/   of the loop run alone;  ray/: of Ray Train
+    checkpoints/   the newest checkpoints
+    ray/           Ray Train's own notes
 """
 
 from __future__ import annotations
@@ -14,31 +15,46 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
+import os
 import shutil
 import sys
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from qwen_ray import __version__, cluster, models
 from qwen_ray.config import RunConfig, read_config
-from qwen_ray.data.dataset import load_splits
-from qwen_ray.data.mixture import Mixture
+from qwen_ray.data.dataset import load_splits, make_mixture
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import fsync_tree, read_json, sha256_json, write_json, write_text
+from qwen_ray.planner.plan import choose_strategy
 from qwen_ray.registry import LINEAGE
 from qwen_ray.training import checkpoint as ckpt
+from qwen_ray.training import errors, lora
 from qwen_ray.training.tracking import METRICS, Tracker, read_metrics
 
-RUN, CONFIG = "run.json", "config.yaml"
+log = logging.getLogger(__name__)
+
+RUN, CONFIG, CHECKPOINTS = "run.json", "config.yaml", "checkpoints"
+_STAGING = ".artifact"
+_PATIENCE, _ELASTIC_PATIENCE = 60.0, 10.0  # seconds
 Progress = Callable[[dict[str, Any]], None]
 # What may differ between two starts of one run: they decide nothing about its result.
-_FREE: dict[str, Any] = {"cluster": {"address", "max_failures"}, "tracking": True, "out": True}
+_FREE: dict[str, Any] = {
+    "cluster": True,
+    "strategy": True,
+    "compute": True,
+    "checkpoint": True,
+    "tracking": True,
+    "out": True,
+    "optim": {"batch_size", "gradient_accumulation"},
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,8 @@ class TrainedRun:
     resumed_from: int
     loss: float
     eval_loss: float | None
+    stopped: str | None = None
+    """Why it ended before its last step, if it did."""
 
 
 def run_training(config: RunConfig, *, progress: Progress | None = None) -> TrainedRun:
@@ -71,11 +89,9 @@ def run_training(config: RunConfig, *, progress: Progress | None = None) -> Trai
             return _finished(out, run)
         write_json(out / RUN, {**run, "state": "running"})
         try:
-            run["result"] = (
-                _run_alone(config, out, run["id"], progress)
-                if config.cluster.workers == 0
-                else _run_on_ray(config, out, run["id"], progress)
-            )
+            start = _run_alone if config.cluster.workers == 0 else _run_on_ray
+            result = start(config, out, run["id"], progress)
+            run["result"] = {**result, "artifact": _publish(result, out, config)}
         except BaseException as e:
             state = "interrupted" if isinstance(e, KeyboardInterrupt) else "failed"
             write_json(out / RUN, {**run, "state": state, "error": str(e)[:2000]})
@@ -98,11 +114,12 @@ def _absolute(config: RunConfig) -> RunConfig:
 def _check_input(config: RunConfig) -> None:
     """Everything that can be seen to be wrong before a cluster is started."""
     models.model_config(models.resolve(config.model.name))
+    lora.check(config)
     train, _ = load_splits(config.data, seed=config.seed)
     counts: dict[str, list[int]] = {}
     for record in train:
         counts.setdefault(record.domain, []).append(1)
-    Mixture(counts, config.data.weights)
+    make_mixture(config.data, counts, seed=config.seed)
 
 
 @contextmanager
@@ -137,7 +154,8 @@ def _open_run(out: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def _decides(config: RunConfig) -> str:
-    return sha256_json(config.model_dump(mode="json", exclude=_FREE))
+    rows = config.optim.batch_size * config.optim.gradient_accumulation * max(1, config.cluster.workers)
+    return sha256_json([rows, config.model_dump(mode="json", exclude=_FREE)])
 
 
 def _finished(out: Path, run: dict[str, Any]) -> TrainedRun:
@@ -148,6 +166,7 @@ def _finished(out: Path, run: dict[str, Any]) -> TrainedRun:
         out=out,
         artifact=out / result["artifact"],
         steps=result["steps"],
+        stopped=result.get("stopped"),
         resumed_from=result["resumed_from"],
         loss=rows[-1]["loss"],
         eval_loss=next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None),
@@ -158,11 +177,13 @@ def _run_alone(config: RunConfig, out: Path, run_id: str, progress: Progress | N
     """The loop in this process."""
     import torch
 
-    from qwen_ray.training.loop import train
-    from qwen_ray.training.strategy.ddp import Ddp
-
+    if config.strategy.name not in {"auto", "ddp"}:
+        raise UserError(
+            f"{config.strategy.name} shards over workers, and cluster.workers is 0",
+            where="strategy.name",
+            fix="--workers 1 or more, or strategy.name=ddp",
+        )
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    store = ckpt.LocalStore(out / "checkpoints", keep=config.checkpoint.keep)
     tracker = Tracker(out, config, run_id)
 
     def on_metrics(row: dict[str, Any]) -> None:
@@ -171,23 +192,54 @@ def _run_alone(config: RunConfig, out: Path, run_id: str, progress: Progress | N
             progress(row)
 
     try:
-        result = train(config, strategy=Ddp(), store=store, on_metrics=on_metrics)
+        return _train("ddp", None, config, out, on_metrics=on_metrics)
     finally:
         tracker.close()
-    with store.latest() as folder:
-        assert folder is not None  # the loop saves after its last step
-        return {"artifact": _export(folder, out, config), **asdict(result)}
+
+
+def _train(
+    strategy_name: str,
+    device: Any,
+    config: RunConfig,
+    out: Path,
+    *,
+    on_metrics: Progress,
+    preempted: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """The loop on this rank, with its checkpoints and what it leaves in the run's folder."""
+    from qwen_ray.training import strategy as strategies
+    from qwen_ray.training.loop import train
+
+    strategy = strategies.make(strategy_name, device)
+    store = ckpt.CheckpointStore(
+        out / CHECKPOINTS,
+        strategy,
+        keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous and strategy.asynchronous,
+    )
+    shutil.rmtree(out / _STAGING, ignore_errors=True)
+    result = train(
+        config,
+        strategy=strategy,
+        store=store,
+        on_metrics=on_metrics,
+        artifact=out / _STAGING,
+        preempted=preempted,
+    )
+    return asdict(result)
 
 
 def _run_on_ray(config: RunConfig, out: Path, run_id: str, progress: Progress | None) -> dict[str, Any]:
     """The loop under Ray Train V2, one process a worker."""
-    workers = config.cluster.workers
+    workers, fewest = config.cluster.workers, config.cluster.min_workers
+    # How long Ray Train waits for room before it tries again, with fewer workers where it may.
+    patience = min(config.cluster.start_seconds, _ELASTIC_PATIENCE if fewest else _PATIENCE)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
     cluster.connect(config.cluster.address, num_cpus=int(workers * config.cluster.cpus_per_worker) + 1)
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import WorkerGroupError
 
     gpus = config.cluster.gpus_per_worker
     if gpus is None:
@@ -195,22 +247,34 @@ def _run_on_ray(config: RunConfig, out: Path, run_id: str, progress: Progress | 
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
     resources = {"CPU": config.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     if cluster.started_here():  # another may have an autoscaler, and grow
-        _check_room(resources, workers)
+        _check_room(resources, fewest or workers)
+    scaling: dict[str, Any] = {"num_workers": workers}
+    if fewest and fewest < workers:
+        scaling = {
+            "num_workers": (fewest, workers),
+            "elastic_resize_monitor_interval_s": config.cluster.resize_seconds,
+        }
+    gpu_memory = _gpu_memory(gpus) if gpus and config.strategy.name == "auto" else 0
+    chosen, compute, reason = choose_strategy(config, int(gpus * workers), gpu_memory)
+    log.info("strategy %s", reason)
+    config = config.model_copy(update={"strategy": chosen, "compute": compute})
+    lora.check(config)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "out": str(out), "run_id": run_id},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker=resources),
+        scaling_config=ScalingConfig(use_gpu=bool(gpus), resources_per_worker=resources, **scaling),
         run_config=RayRunConfig(
             name="ray",
             storage_path=str(out),
             failure_config=FailureConfig(
-                max_failures=config.cluster.max_failures, controller_failure_limit=3
+                max_failures=config.cluster.max_failures,
+                controller_failure_limit=math.ceil(config.cluster.start_seconds / patience),
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+    errors.clear(out)
     outcome: dict[str, Any] = {}
 
     def fit() -> None:
@@ -236,16 +300,24 @@ def _run_on_ray(config: RunConfig, out: Path, run_id: str, progress: Progress | 
         raise
     error = outcome.get("error") or outcome["result"].error
     if error is not None:
-        if isinstance(error, WorkerGroupError):
-            rank, first = min(error.worker_failures.items())
-            raise RuntimeError(f"training failed on rank {rank}: {_root(first)}") from error
-        raise RuntimeError(f"training failed: {_root(error)}") from error
-    result = outcome["result"]
-    returned = result.return_value
+        raise RuntimeError(errors.explain(error, out)) from error
+    returned = outcome["result"].return_value
     if "raised" in returned:
         raise returned["raised"]
-    with result.checkpoint.as_directory() as folder:
-        return {"artifact": _export(Path(folder), out, config), **returned}
+    return dict(returned)
+
+
+def _gpu_memory(gpus: float) -> int:
+    """Bytes of a worker's GPU, asked where one is: the driver's node need not have any."""
+    import ray
+
+    @ray.remote(num_cpus=0, num_gpus=gpus, max_calls=1)
+    def ask() -> int:
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+
+    return int(ray.get(ask.remote()))
 
 
 def _check_room(resources: dict[str, float], workers: int) -> None:
@@ -263,91 +335,57 @@ def _check_room(resources: dict[str, float], workers: int) -> None:
             )
 
 
-def _root(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
-
-
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs."""
+    import ray.train
     import ray.train.torch
     import torch
     import transformers
-
-    from qwen_ray.training.loop import train
-    from qwen_ray.training.strategy.ddp import Ddp
 
     # A line for each report of each rank, and a bar for each load, would bury what matters. The root, for
     # Ray's logger of reports is named after its file and escapes LoggingConfig.
     logging.getLogger().setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
-    config = RunConfig.model_validate(settings["config"])
+    config, out = RunConfig.model_validate(settings["config"]), Path(settings["out"])
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    # Ray's, for on a node with several GPUs every worker sees them all.
-    strategy = Ddp(ray.train.torch.get_device())
-    if strategy.rank > 0:  # all see the same data; one need say what is wrong with it
+    rank = ray.train.get_context().get_world_rank()
+    if rank > 0:  # all see the same data; one need say what is wrong with it
         logging.getLogger("qwen_ray").setLevel(logging.ERROR)
-    out = Path(settings["out"])
-    tracker = Tracker(out, config, settings["run_id"]) if strategy.rank == 0 else None
+    tracker = Tracker(out, config, settings["run_id"]) if rank == 0 else None
     try:
-        result = train(config, strategy=strategy, store=_RayStore(), on_metrics=tracker or (lambda _: None))
+        # The device is Ray's, for on a node with several GPUs every worker sees them all.
+        return _train(
+            config.strategy.name,
+            ray.train.torch.get_device(),
+            config,
+            out,
+            on_metrics=tracker or (lambda _: None),
+            preempted=lambda: ray.train.get_preemption_info() is not None,
+        )
     except (UserError, FloatingPointError) as e:
         # The same on every rank and at every try: not a failure to start again from.
         return {"raised": e}
+    except BaseException as e:
+        errors.note(out, rank, e)
+        raise
     finally:
         if tracker:
             tracker.close()
-    return asdict(result)
 
 
-class _RayStore:
-    """Checkpoints through ``ray.train.report``, in the run's storage."""
-
-    @contextmanager
-    def latest(self) -> Iterator[Path | None]:
-        import ray.train
-
-        newest = ray.train.get_checkpoint()
-        if newest is None:
-            yield None
-        else:
-            with newest.as_directory() as folder:
-                yield Path(folder)
-
-    def save(self, step: int, write: Callable[[Path], None] | None, metrics: dict[str, Any]) -> None:
-        import ray.train
-        from ray.train import CheckpointConsistencyMode
-
-        with tempfile.TemporaryDirectory(prefix="qwen-ray-checkpoint-") as folder:
-            stored = None
-            if write is not None:
-                write(Path(folder))
-                stored = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"step": step, "loss": metrics["loss"]}, checkpoint=stored)
-            # `report` returns before the checkpoint is registered; a crash just after would go unnoticed
-            # back to the one before.
-            ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
-
-
-def _export(checkpoint: Path, out: Path, config: RunConfig) -> str:
-    """Copy what was trained out of the last checkpoint, with its lineage; returns its folder's name."""
-    manifest = ckpt.verify(checkpoint)
-    name = "adapter" if config.method.name == "lora" else "model"
-    staging = out / f".{name}"
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(checkpoint / name, staging)
-    (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+def _publish(result: dict[str, Any], out: Path, config: RunConfig) -> str:
+    """Give what the loop left its lineage and its name; returns the folder's name."""
+    name = "model" if config.method.name == "full" else "adapter"
+    staging = out / _STAGING
     ref = models.resolve(config.model.name)
     write_json(
         staging / LINEAGE,
         {
             "base": {"id": ref.id, "location": config.model.name, "fingerprint": models.fingerprint(ref)},
             "config": config.model_dump(mode="json"),
-            "data": manifest["data"],
-            "step": manifest["step"],
-            "versions": manifest["versions"],
+            "data": result["data"],
+            "step": result["step"],
+            "versions": {"qwen-ray": __version__, "torch": version("torch")},
         },
     )
     fsync_tree(staging)

@@ -1,6 +1,6 @@
-"""The training loop: one for LoRA and full fine-tuning, one process or many workers.
+"""The training loop: one for LoRA and full fine-tuning, one process or many workers, every strategy.
 
-A step is: draw the rows of the global batch, take this worker's share, sum the loss over the supervised
+A step is: take the rows of the global batch, of them this worker's share, sum the loss over the supervised
 tokens, divide by the number of supervised tokens in the *global* batch, clip, step. So the loss is the
 token mean however rows fall on workers and micro-steps. Every worker draws the whole stream and knows that
 count without asking.
@@ -8,82 +8,65 @@ count without asking.
 Exactness: the stream's state is in the checkpoint, the learning rate is a function of the step, and
 dropout's generator is seeded from (seed, step, rank). A run that was killed and resumed is the run that
 was not, bit for bit, at the same number of workers on the same kind of device.
+
+The device is waited for once a step, when the loss is read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from qwen_ray import __version__, models
-from qwen_ray.config import OptimConfig, RunConfig
+from qwen_ray.config import RunConfig
 from qwen_ray.data.dataset import Dataset, build_dataset
-from qwen_ray.data.packing import Row, block_mask, collate
-from qwen_ray.data.tokenise import IGNORE, Example
+from qwen_ray.data.packing import Batch
 from qwen_ray.errors import UserError
+from qwen_ray.evaluation.monitor import ForgettingMonitor, Verdict
 from qwen_ray.fsio import sha256_json
-from qwen_ray.training import checkpoint as ckpt
-from qwen_ray.training import lora, precision
+from qwen_ray.training import attention, checkpoint, lora, loss, memory, precision
+from qwen_ray.training.checkpoint import CheckpointStore
+from qwen_ray.training.feed import Feed, Step
+from qwen_ray.training.optimizer import make_optimizer
 from qwen_ray.training.schedule import learning_rate
-from qwen_ray.training.strategy.ddp import Ddp
+from qwen_ray.training.strategy.base import Strategy
+from qwen_ray.training.throughput import Flops, Meter, peak_flops
+from qwen_ray.training.tracking import EXAMPLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOGITS_CHUNK = 4096
-"""Positions whose logits exist at once: 152k-word logits of a whole batch would not fit."""
+log = logging.getLogger(__name__)
 
 OnMetrics = Callable[[dict[str, Any]], None]
+NOTICE_SECONDS = 5.0
+"""How often to ask whether this node is about to be taken away: asking waits for every worker."""
+MAX_FAILED_SAVES = 3
+"""Checkpoints in a row that may fail to be written before the run ends rather than risk more work."""
 
 
 @dataclass
 class Result:
-    """How far a run went, and the step it went on from. Its losses are in its metrics."""
+    """How far a run went, and the step it went on from. Its losses are in its metrics.
+
+    ``step`` is the one whose weights were handed over: the last, or the best after a rollback.
+    """
 
     steps: int
     resumed_from: int
-
-
-class TokenLoss(nn.Module):
-    """Sum of the next-token loss over supervised tokens; logits are made at those positions only."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        # Under PEFT the layers are replaced inside the base model, so the base is what runs.
-        # In a list, so that it is not a second child with the same weights.
-        base: Any = model
-        self._base = [base.get_base_model() if hasattr(model, "peft_config") else base]
-
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """``batch`` as :func:`qwen_ray.data.packing.collate` makes it; returns a scalar, in nats."""
-        base = self._base[0]
-        hidden = base.base_model(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            attention_mask=block_mask(batch["segments"]),
-            use_cache=False,
-        ).last_hidden_state
-        labels = batch["labels"][:, 1:]
-        supervised = labels != IGNORE
-        inputs, targets = hidden[:, :-1][supervised], labels[supervised]
-        head = base.get_output_embeddings()
-        if len(targets) == 0:
-            # Zero, but joined to the trained weights: a rank without a supervised token must still take part.
-            return hidden.float().sum() * 0.0
-        losses = []
-        for start in range(0, len(targets), LOGITS_CHUNK):
-            logits = head(inputs[start : start + LOGITS_CHUNK]).float()
-            losses.append(F.cross_entropy(logits, targets[start : start + LOGITS_CHUNK], reduction="sum"))
-        return torch.stack(losses).sum()
+    step: int
+    data: dict[str, Any]
+    stopped: str | None = None
 
 
 @dataclass
@@ -91,21 +74,17 @@ class Run:
     """What one worker trains with, put together once."""
 
     config: RunConfig
-    strategy: Ddp
+    strategy: Strategy
     tokenizer: PreTrainedTokenizerBase
     data: Dataset
     numbers: precision.Precision
     model: PreTrainedModel
-    module: nn.Module
-    """The model under its loss, joined to the other workers."""
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    feed: Feed
+    meter: Meter
+    monitor: ForgettingMonitor
     base: str
     """Fingerprint of the weights that training starts from."""
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+    failed_saves: int = 0
 
     @property
     def rows_a_step(self) -> int:
@@ -117,87 +96,172 @@ class Run:
     def identity(self) -> str:
         """A hash of everything that decides the result: a checkpoint goes on only under the same one.
 
-        Where a run is stored, how it is watched and how many machines may fail are left out.
+        Where a run is stored, how it is watched, spread and split into micro-batches are left out.
         """
         decides = self.config.model_dump(
-            mode="json", include={"model", "method", "optim", "precision", "seed"}
+            mode="json",
+            include={
+                **dict.fromkeys(("model", "method", "optim", "precision", "seed"), True),
+                "data": {"packing", "packing_window"},
+            },
+            exclude={"optim": {"batch_size", "gradient_accumulation"}},
         )
         decides |= {"base": self.base, "rows_a_step": self.rows_a_step}
-        decides["data"] = {**self.data.manifest, "files": sorted(self.data.manifest["files"].values())}
+        decides["data"] |= {**self.data.manifest, "files": sorted(self.data.manifest["files"].values())}
         return sha256_json(decides)
 
 
-def train(config: RunConfig, *, strategy: Ddp, store: ckpt.CheckpointStore, on_metrics: OnMetrics) -> Result:
+def train(
+    config: RunConfig,
+    *,
+    strategy: Strategy,
+    store: CheckpointStore,
+    on_metrics: OnMetrics,
+    artifact: Path | None = None,
+    preempted: Callable[[], bool] | None = None,
+) -> Result:
     """Run ``config`` on this worker, resuming from ``store`` if it holds a checkpoint.
 
     ``on_metrics`` is called on rank 0 with one flat dict a step (``loss``, ``learning_rate``, ``grad_norm``,
     ``tokens_per_second`` ...), which has ``eval_loss`` and ``eval_loss/DOMAIN`` after an evaluation.
+    ``artifact`` is the folder that gets the trained adapter or model. ``preempted``, called on all ranks
+    alike, tells whether a worker's node is about to be taken away: then a checkpoint is written at once.
     """
-    run = set_up(config, strategy)
-    optim, stream = config.optim, run.data.stream
-    total_steps = optim.max_steps or max(1, -(-stream.rows_in(optim.epochs) // run.rows_a_step))
-    first = restore(run, store)
+    found = store.newest()
+    run = set_up(config, strategy, started=found[0] if found else None)
+    stream, optim = run.data.stream, config.optim
+    rows = optim.max_steps * run.rows_a_step if optim.max_steps else None
+    total = max(1, -(-stream.plan(rows=rows, passes=optim.epochs) // run.rows_a_step))
+    first = restore(run, *found) if found else 0
+    rolls_back = bool(config.evaluate.suites) and config.evaluate.on_forgetting == "rollback"
+    if config.evaluate.suites and not run.monitor.started:
+        log.info("%s", run.monitor.update(first, *evaluate_suites(run)).message)
+        if rolls_back:
+            save(run, store, first, stream.state())
 
-    for step in range(first, total_steps):
-        started = time.perf_counter()
-        rows = [stream.next_row() for _ in range(run.rows_a_step)]
-        supervised = max(1, sum(row.supervised for row in rows))
-        rate = learning_rate(step, total_steps, optim)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        torch.manual_seed(int(sha256_json([config.seed, step, strategy.rank])[:15], 16))
-
-        run.module.train()
-        loss_sum = torch.zeros((), device=strategy.device)
-        batches = micro_batches(run, rows)
-        for batch in batches[:-1]:
-            with strategy.accumulate(run.module):
-                loss_sum += backward(run, batch, supervised)
-        loss_sum += backward(run, batches[-1], supervised)
-        run.scaler.unscale_(run.optimizer)
-        norm = strategy.clip(run.trained, optim.max_grad_norm)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
-
-        loss = float(strategy.sum(loss_sum)) / supervised  # the step's one wait for the device
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step + 1}; lower optim.learning_rate")
-        seconds = time.perf_counter() - started
-        metrics: dict[str, Any] = {
-            "step": step + 1,
-            "total_steps": total_steps,
-            "loss": loss,
-            "learning_rate": rate,
-            "grad_norm": float(norm),
-            "tokens_per_second": sum(row.tokens for row in rows) / seconds,
-            "supervised_tokens_per_second": supervised / seconds,
-            "passes": stream.mixture.served / stream.mixture.pass_length,
-        }
-        done = step + 1 == total_steps
-        if done or (step + 1) % config.evaluate.every_steps == 0:
-            metrics |= validation_loss(run)
-        if strategy.rank == 0:
-            on_metrics(metrics)
-        if done or (step + 1) % config.checkpoint.every_steps == 0:
-            writer = (lambda folder: save(run, step + 1, folder)) if strategy.rank == 0 else None  # noqa: B023
-            store.save(step + 1, writer, metrics)
-    return Result(steps=total_steps, resumed_from=first)
+    stopped: str | None = None
+    notice = Notice(preempted)
+    steps = run.feed.steps(stream, rows=run.rows_a_step, count=total - first)
+    with contextlib.ExitStack() as stack:
+        trace = stack.enter_context(_trace(config, strategy.rank)) if config.tracking.examples else None
+        step = first
+        for step, data in enumerate(steps, start=first + 1):
+            metrics = take_step(run, step, total, data, notice)
+            if trace:
+                trace.write(json.dumps({"step": step, "start": store.start, "ids": data.ids}) + "\n")
+                trace.flush()
+            must_save = notice.given(step)
+            if step == total or step % config.evaluate.every_steps == 0:
+                metrics |= validation_loss(run)
+            if config.evaluate.suites and (step == total or step % config.evaluate.suites_every_steps == 0):
+                verdict = judge(run, step, metrics)
+                stopped = verdict.message if verdict.action in {"stop", "rollback"} else None
+                must_save = must_save or (rolls_back and verdict.is_best)
+            if strategy.rank == 0:
+                on_metrics(metrics)
+            done = step == total or stopped is not None
+            if done or must_save or step % config.checkpoint.every_steps == 0:
+                save(run, store, step, data.state)
+            if done:
+                break
+    if failure := store.settle():
+        raise RuntimeError(f"the last checkpoint was not written: {failure}")
+    kept = roll_back(run, store) if rolls_back and stopped else step
+    if artifact is not None:
+        hand_over(run, artifact)
+    return Result(steps=step, resumed_from=first, step=kept, data=run.data.manifest, stopped=stopped)
 
 
-def set_up(config: RunConfig, strategy: Ddp) -> Run:
-    """Data, model, optimizer: the same on every worker."""
+class Notice:
+    """Asks now and then whether a worker's node is about to be taken away. All ranks ask together."""
+
+    def __init__(self, preempted: Callable[[], bool] | None) -> None:
+        self._preempted, self._asked, self._given = preempted, time.monotonic(), False
+        self.due = False
+        """Whether all ranks have agreed to ask now."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this rank would ask."""
+        return self._preempted is not None and time.monotonic() - self._asked > NOTICE_SECONDS
+
+    def given(self, step: int) -> bool:
+        """Whether notice has just been given; once true, then false."""
+        if not self.due or self._preempted is None:
+            return False
+        self._asked = time.monotonic()
+        if self._given or not self._preempted():
+            return False
+        log.warning("a node is about to be taken away: writing a checkpoint at step %d", step)
+        self._given = True
+        return True
+
+
+def take_step(run: Run, step: int, total: int, data: Step, notice: Notice) -> dict[str, Any]:
+    """Step number ``step`` (from 1) and its metrics. Sets ``notice.due``."""
+    config, strategy = run.config, run.strategy
+    started = time.perf_counter()
+    rate = learning_rate(step - 1, total, config.optim)
+    torch.manual_seed(int(sha256_json([config.seed, step - 1, strategy.rank])[:15], 16))
+    loss_sum, norm = train_step(run, data, rate)
+    wanted = loss_sum.new_tensor(notice.wanted and strategy.rank == 0)
+    sums = strategy.sum(torch.stack([loss_sum, wanted])).tolist()  # the step's one wait for the device
+    mean, notice.due = sums[0] / data.supervised, sums[1] > 0
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the loss is {mean} at step {step}; lower optim.learning_rate")
+    rates = run.meter.step(
+        time.perf_counter() - started,
+        padded=data.padded,
+        tokens=data.tokens,
+        supervised=data.supervised,
+        length=data.attended,
+    )
+    return {
+        "step": step,
+        "total_steps": total,
+        "loss": mean,
+        "learning_rate": rate,
+        "grad_norm": float(norm),
+        "passes": data.passes,
+        "workers": strategy.world_size,
+        **rates,
+    }
+
+
+def judge(run: Run, step: int, metrics: dict[str, Any]) -> Verdict:
+    """Benchmark the live weights: adds the scores to ``metrics`` and says what has been forgotten."""
+    results = evaluate_suites(run)
+    verdict = run.monitor.update(step, *results)
+    metrics |= run.monitor.metrics(*results)
+    if verdict.fallen:
+        log.warning("%s", verdict.message)
+    return verdict
+
+
+def save(run: Run, store: CheckpointStore, step: int, data_state: dict[str, Any]) -> None:
+    """Write a checkpoint; a failure costs only it, until too many have failed in a row."""
+    store.protected = {run.monitor.best_step} if run.monitor.started else set()
+    failure = store.save(step, snapshot(run), manifest(run, data_state))
+    run.failed_saves = run.failed_saves + 1 if failure else 0
+    if run.failed_saves >= MAX_FAILED_SAVES:
+        raise RuntimeError(f"{run.failed_saves} checkpoints in a row were not written: {failure}")
+
+
+def set_up(config: RunConfig, strategy: Strategy, *, started: Path | None = None) -> Run:
+    """Data, model, optimizer: the same on every worker. ``started``: a checkpoint that is restored next."""
     ref = models.resolve(config.model.name)
     tokenizer = models.load_tokenizer(ref)
     data = build_dataset(config.data, tokenizer, seed=config.seed, context=models.context_length(ref))
     numbers = precision.choose(config.precision, strategy.device)
-    torch.manual_seed(config.seed)  # the adapter's initial weights, equal on every rank
-    if config.method.name == "full":
-        model = models.load_model(ref, dtype=torch.float32)
-    else:
-        model = lora.add_adapter(models.load_model(ref, dtype=numbers.compute), config.method)
-    module = strategy.prepare(TokenLoss(model))
-    scaler = torch.amp.GradScaler(strategy.device.type, enabled=numbers.scales_loss)
+    compute = config.compute
+    kind = attention.choose(compute.attention, strategy.device, numbers.compute)
+    model = strategy.load(ref, config, numbers, started and started / "adapter")
+    if compute.activation_checkpointing:
+        memory.checkpoint_layers(model)
+    if compute.compile:
+        memory.compile_layers(model)
+    module = loss.TokenLoss(model, attention=kind, loss=loss.choose(compute.loss, strategy.device))
+    strategy.join(module, lambda m: make_optimizer(m, config.optim, config.method), config)
     return Run(
         config=config,
         strategy=strategy,
@@ -205,125 +269,176 @@ def set_up(config: RunConfig, strategy: Ddp) -> Run:
         data=data,
         numbers=numbers,
         model=model,
-        module=module,
-        optimizer=make_optimizer(model, config.optim),
-        scaler=scaler,
+        feed=Feed(
+            strategy.rank,
+            strategy.world_size,
+            config.optim.batch_size,
+            int(tokenizer.pad_token_id),
+            data.manifest["max_length"] if compute.compile else None,
+        ),
+        meter=_meter(ref, config, strategy),
+        monitor=ForgettingMonitor(config.evaluate.tolerance, config.evaluate.on_forgetting),
         base=models.fingerprint(ref),
     )
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over what is trained; decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
-
-
-def micro_batches(run: Run, rows: list[Row]) -> list[dict[str, torch.Tensor]]:
-    """This rank's share of ``rows`` in batches on its device; every rank gets equally many batches."""
-    rank, world_size, size = run.strategy.rank, run.strategy.world_size, run.config.optim.batch_size
-    pad_id = int(run.tokenizer.pad_token_id)
-    own = rows[rank::world_size]
-    blank = Row((Example("", "", [pad_id], [IGNORE]),))
-    own += [blank] * (-(-len(rows) // world_size) - len(own))
-    batches = [collate(own[i : i + size], pad_id) for i in range(0, len(own), size)]
-    return [{k: v.to(run.strategy.device, non_blocking=True) for k, v in batch.items()} for batch in batches]
-
-
-def backward(run: Run, batch: dict[str, torch.Tensor], supervised: int) -> torch.Tensor:
-    """Forward and backward of one micro-batch; returns the summed loss of its tokens, detached."""
-    with run.numbers.autocast(run.strategy.device):
-        loss: torch.Tensor = run.module(batch)
-    # The strategy averages gradients over workers; times their number, that is the sum we divide by tokens.
-    run.scaler.scale(loss * (run.strategy.world_size / supervised)).backward()
-    return loss.detach()
+def train_step(run: Run, data: Step, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward, backward and update; returns this rank's summed loss and the gradient's norm, both on the
+    device and not waited for."""
+    strategy = run.strategy
+    strategy.module.train()
+    total = torch.zeros((), device=strategy.device)
+    offloads = run.config.compute.activation_offload
+    for i, batch in enumerate(data.batches):
+        with strategy.accumulate(last=i + 1 == len(data.batches)):
+            kept = memory.offload(strategy.device) if offloads else nullcontext()
+            with run.numbers.autocast(strategy.device), kept:
+                summed: torch.Tensor = strategy.module(batch.to(strategy.device))
+            # Gradients are averaged over workers; times their number, that is the sum, divided by tokens.
+            strategy.backward(summed * (strategy.world_size / data.supervised))
+        total += summed.detach()
+    return total, strategy.step(rate, run.config.optim.max_grad_norm)
 
 
 @torch.no_grad()
 def validation_loss(run: Run) -> dict[str, float]:
     """Token-mean loss on the held-out rows: ``eval_loss`` over all, ``eval_loss/DOMAIN`` for each."""
-    validation = run.data.validation
+    validation, strategy = run.data.validation, run.strategy
     if not validation:
         return {}
-    run.module.eval()
-    # Not through the wrapper, which would prepare for a backward that never comes.
-    inner: nn.Module = getattr(run.module, "module", run.module)
-    totals = torch.zeros(len(validation), 2, dtype=torch.float64, device=run.strategy.device)
+    strategy.module.eval()
+    totals = torch.zeros(len(validation), 2, dtype=torch.float64, device=strategy.device)
     for d, rows in enumerate(validation.values()):
-        for batch in micro_batches(run, rows):
-            with run.numbers.autocast(run.strategy.device):
-                totals[d, 0] += inner(batch)
-            totals[d, 1] += (batch["labels"] != IGNORE).sum()
-    totals = run.strategy.sum(totals)
+        for batch in run.feed.batches(rows):
+            totals[d, 0] += forward(run, batch)
+            totals[d, 1] += batch.supervised
+    totals = strategy.sum(totals)
     losses = {f"eval_loss/{d}": float(t[0] / t[1]) for d, t in zip(validation, totals, strict=True)}
     return {"eval_loss": float(totals[:, 0].sum() / totals[:, 1].sum()), **losses}
 
 
-def save(run: Run, step: int, folder: Path) -> None:
-    """Write a whole checkpoint of the state after ``step`` steps into an empty folder."""
-    if run.config.method.name == "lora":
-        run.model.save_pretrained(str(folder / "adapter"))
-    else:
-        run.model.save_pretrained(str(folder / "model"))
-        run.tokenizer.save_pretrained(str(folder / "model"))
-    torch.save(
-        {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}, folder / "optimizer.pt"
-    )
-    ckpt.seal(
-        folder,
-        {
-            "step": step,
-            "identity": run.identity,
-            "data_state": run.data.stream.state(),
-            "data": run.data.manifest,
-            "config": run.config.model_dump(mode="json"),
-            "rng": "torch.manual_seed(sha256(seed, step, rank)) before each step",
-            "world_size": run.strategy.world_size,
-            "versions": {"qwen-ray": __version__, "torch": torch.__version__},
-        },
-    )
+def forward(run: Run, batch: Batch) -> torch.Tensor:
+    """The summed loss of a batch; with sharded parameters every rank must take part."""
+    with run.numbers.autocast(run.strategy.device):
+        summed: torch.Tensor = run.strategy.module(batch.to(run.strategy.device))
+    return summed
 
 
-def restore(run: Run, store: ckpt.CheckpointStore) -> int:
-    """Load the newest checkpoint, if any; returns the number of steps already done."""
-    with store.latest() as folder:
-        if folder is None:
-            return 0
-        manifest = ckpt.verify(folder)
-        if manifest["identity"] != run.identity:
-            raise UserError(
-                "the run in this folder was started with another configuration, other data or another base",
-                where=str(folder),
-                fix="repeat the command it was started with, or train into a new --out folder",
+def evaluate_suites(run: Run) -> list[dict[str, Any]]:
+    """EvalResults of the configured suites on the live weights."""
+    from qwen_ray.evaluation.live import evaluate_live
+
+    settings, strategy = run.config.evaluate, run.strategy
+    with run.numbers.autocast(strategy.device):
+        return [
+            evaluate_live(
+                run.model,
+                run.tokenizer,
+                suite,
+                device=strategy.device,
+                limit=settings.suites_limit,
+                data_dir=Path(settings.suites_data_dir) if settings.suites_data_dir else None,
+                id=run.config.model.name,
+                lockstep=strategy.lockstep,
+                inside=strategy.module if strategy.lockstep else None,
             )
-        if run.config.method.name == "lora":
-            from peft import load_peft_weights, set_peft_model_state_dict
+            for suite in settings.suites
+        ]
 
-            set_peft_model_state_dict(run.model, load_peft_weights(str(folder / "adapter"), device="cpu"))
-        else:
-            from safetensors.torch import load_file
 
-            weights = {
-                k: v
-                for part in sorted((folder / "model").glob("*.safetensors"))
-                for k, v in load_file(part).items()
-            }
-            missing, unexpected = run.model.load_state_dict(weights, strict=False)
-            # A tied head is stored once, under the embedding's name.
-            tied = set(run.model.all_tied_weights_keys)
-            if unexpected or set(missing) - tied:
-                raise RuntimeError(f"the checkpoint does not fit the model: {unexpected or missing}")
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.scaler.load_state_dict(state["scaler"])
-        run.data.stream.load_state(manifest["data_state"])
-        return int(manifest["step"])
+def snapshot(run: Run) -> checkpoint.Write:
+    """Copy what a checkpoint needs out of the live run; the returned function writes it to a folder."""
+    write_state = run.strategy.snapshot()
+    if run.config.method.name == "full":
+        return lambda folder: write_state(folder / "state")
+    adapter = run.strategy.weights()
+
+    def write(folder: Path) -> None:
+        write_state(folder / "state")
+        if run.strategy.rank == 0:
+            export_adapter(run, adapter, folder / "adapter")
+
+    return write
+
+
+def export_adapter(run: Run, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write gathered ``weights`` as a PEFT folder."""
+    named = {name.removeprefix("model."): value for name, value in weights.items()}
+    lora.export_adapter(run.model, folder, weights=named)
+
+
+def manifest(run: Run, data_state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself, beside step, number of ranks and checksums."""
+    return {
+        "identity": run.identity,
+        "state": run.strategy.format,
+        "data_state": data_state,
+        "data": run.data.manifest,
+        "monitor": run.monitor.state(),
+        "config": run.config.model_dump(mode="json"),
+        "rng": "torch.manual_seed(sha256(seed, step, rank)) before each step",
+        "versions": {"qwen-ray": __version__, "torch": torch.__version__},
+    }
+
+
+def restore(run: Run, folder: Path, found: dict[str, Any]) -> int:
+    """Load a checkpoint with its manifest; returns the number of steps already done."""
+    if found["identity"] != run.identity:
+        raise UserError(
+            "the run in this folder was started with another configuration, other data or another base",
+            where=str(folder),
+            fix="repeat the command it was started with, or train into a new --out folder",
+        )
+    if found["state"] != run.strategy.format:
+        raise UserError(
+            f"this checkpoint's state is of format '{found['state']}', which the strategy "
+            f"'{run.strategy.name}' ({run.strategy.format}) cannot read",
+            where=str(folder),
+            fix=f"--set strategy.name={found['config']['strategy']['name']}, or a new --out folder",
+        )
+    run.strategy.restore(folder / "state")
+    run.data.stream.load_state(found["data_state"])
+    run.monitor.load_state(found["monitor"])
+    return int(found["step"])
+
+
+def roll_back(run: Run, store: CheckpointStore) -> int:
+    """Put the weights back to the best step that forgot nothing; returns that step."""
+    best = run.monitor.best_step
+    log.warning("going back to step %d, the best that forgot nothing", best)
+    checkpoint.verify(store.folder(best))
+    run.strategy.restore(store.folder(best) / "state")
+    return best
+
+
+def hand_over(run: Run, folder: Path) -> None:
+    """Write what was trained for others to use: a PEFT folder, or a Hugging Face model folder.
+
+    A model is written in the format its base came in.
+    """
+    weights = run.strategy.weights()
+    if run.strategy.rank > 0:
+        return
+    if run.config.method.name != "full":
+        export_adapter(run, weights, folder)
+        return
+    dtype = models.stored_dtype(models.resolve(run.config.model.name))
+    state = {name.removeprefix("model."): value.to(dtype) for name, value in weights.items()}
+    run.model.save_pretrained(str(folder), state_dict=state)
+    run.tokenizer.save_pretrained(str(folder))
+
+
+def _meter(ref: models.ModelRef, config: RunConfig, strategy: Strategy) -> Meter:
+    """MFU where the GPU's peak and the architecture's arithmetic are known."""
+    if strategy.device.type != "cuda":
+        return Meter()
+    peak = peak_flops(torch.cuda.get_device_name(strategy.device))
+    try:
+        flops = Flops.of(models.model_config(ref), config.method)
+    except UserError:  # an architecture that is not in the tables trains all the same
+        return Meter()
+    return Meter(flops, peak and peak * strategy.world_size)
+
+
+def _trace(config: RunConfig, rank: int) -> IO[str]:
+    return open(Path(config.out) / EXAMPLES.format(rank=rank), "a", encoding="utf-8")

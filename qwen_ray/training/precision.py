@@ -10,12 +10,11 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """``compute`` is the format of matrix products; ``frozen`` the one frozen weights are stored in.
-
-    Trained weights and optimizer state are float32 always.
-    """
+    """``compute`` is the format of matrix products and of frozen weights; ``trained`` that of the weights
+    that are trained and of the optimizer's state."""
 
     compute: torch.dtype
+    trained: torch.dtype = torch.float32
 
     @property
     def scales_loss(self) -> bool:
@@ -35,4 +34,6 @@ def choose(name: str, device: torch.device) -> Precision:
             name = "fp32"
         else:
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name == "pure_bf16":
+        return Precision(torch.bfloat16, trained=torch.bfloat16)
     return Precision({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from qwen_ray.config import RunConfig
 
 METRICS = "metrics.jsonl"
+EXAMPLES = "examples-{rank}.jsonl"
 
 
 class Tracker:
@@ -72,11 +75,26 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     path = out / METRICS
     if not path.is_file():
         return []
-    by_step: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # torn by a kill
-            continue
-        by_step[row["step"]] = row
+    by_step = {row["step"]: row for row in _rows(path)}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def read_examples(out: Path) -> dict[int, list[str]]:
+    """Step to the ids of the records that were trained on in it (``tracking.examples``), sorted.
+
+    Of a step that was repeated after a failure the last time counts, with the ranks there were then.
+    """
+    by_step: dict[int, dict[str, list[str]]] = {}
+    last: dict[int, str] = {}
+    for path in sorted(out.glob(EXAMPLES.format(rank="*"))):
+        for row in _rows(path):
+            by_step.setdefault(row["step"], {}).setdefault(row["start"], []).extend(row["ids"])
+            if path.name == EXAMPLES.format(rank=0):
+                last[row["step"]] = row["start"]
+    return {step: sorted(by_step[step][start]) for step, start in sorted(last.items())}
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # torn by a kill
+            yield json.loads(line)

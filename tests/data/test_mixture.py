@@ -1,4 +1,4 @@
-"""Mixture and rows: exact shares, exact resume, nothing lost, documents isolated."""
+"""Mixture: exact shares, in stages too, and exact resume."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ import json
 from collections import Counter
 
 import pytest
-import torch
 
-from qwen_ray import models
 from qwen_ray.data.mixture import Mixture
-from qwen_ray.data.packing import RowStream, block_mask, collate, pack
-from qwen_ray.data.tokenise import IGNORE, Example, tokenise
 from qwen_ray.errors import UserError
-from tests.conftest import sums
 
 ONES = {"a": [1] * 1000, "b": [1] * 10, "c": [1] * 300}
 
@@ -92,73 +87,66 @@ def test_zero_leaves_a_domain_out() -> None:
     assert {mixture.draw()[0] for _ in range(100)} == {"a", "c"}
 
 
-def _stream(packing: bool = True) -> tuple[RowStream, dict[str, list[Example]]]:
-    tokenizer = models.load_tokenizer(models.resolve("tiny"))
-    examples, _ = tokenise([*sums(200), *sums(50, seed=1, domain="more")], tokenizer, 64)
-    by_domain = {d: [e for e in examples if e.domain == d] for d in ("sums", "more")}
-    mixture = Mixture({d: [1] * len(es) for d, es in by_domain.items()}, {"sums": 0.5, "more": 0.5})
-    return RowStream(by_domain, mixture, max_length=64, packing=packing), by_domain
+STAGES = [
+    (0.25, {"a": 1.0, "b": 0.0, "c": 0.0}),
+    (0.75, {"a": 1, "b": 1, "c": 2}),
+    (1, {"a": 0, "b": 0, "c": 1}),
+]
 
 
-def test_rows_are_full_and_lose_nothing() -> None:
-    stream, by_domain = _stream()
-    twin, _ = _stream(packing=False)
-    rows = [stream.next_row() for _ in range(60)]
-    longest = max(len(e.ids) for es in by_domain.values() for e in es)
-    assert all(64 - longest < row.tokens <= 64 for row in rows)
-    packed = [e.id for row in rows for e in row.examples]
-    assert packed == [twin.next_row().examples[0].id for _ in packed]
+def test_stages_hold_within_each_and_over_the_run() -> None:
+    mixture = Mixture(ONES, stages=STAGES)
+    mixture.plan(400)
+    parts = [Counter(mixture.draw()[0] for _ in range(n)) for n in (100, 200, 100)]
+    assert parts[0] == {"a": 100}
+    assert all(abs(parts[1][d] - n) < 2 for d, n in {"a": 50, "b": 50, "c": 100}.items())
+    assert parts[2]["c"] >= 98
+    assert mixture.shares == pytest.approx({"a": 0.375, "b": 0.125, "c": 0.5})
+    assert {mixture.draw()[0] for _ in range(100)} == {"c"}  # the last stage goes on
 
 
-def test_rows_resume_between_any_two() -> None:
-    whole, _ = _stream()
-    rows = [whole.next_row() for _ in range(40)]
-    for cut in (1, 17, 39):
-        first, second = _stream()[0], _stream()[0]
+def test_a_pass_of_stages_uses_up_the_first_domain() -> None:
+    assert Mixture(ONES, stages=STAGES).pass_length == pytest.approx(10 / 0.125)
+
+
+def test_stages_resume_exactly() -> None:
+    whole = Mixture(ONES, stages=STAGES, seed=3)
+    whole.plan(200)
+    draws = [whole.draw() for _ in range(220)]
+    for cut in (49, 50, 51, 120, 150):
+        first, second = Mixture(ONES, stages=STAGES, seed=3), Mixture(ONES, stages=STAGES, seed=3)
+        for mixture in (first, second):
+            mixture.plan(200)
         for _ in range(cut):
-            first.next_row()
-        second.load_state(first.state())
-        assert [second.next_row() for _ in range(40 - cut)] == rows[cut:]
+            first.draw()
+        second.load_state(json.loads(json.dumps(first.state(), sort_keys=True)))
+        assert [second.draw() for _ in range(220 - cut)] == draws[cut:]
 
 
-def test_counting_rows_does_not_move_the_stream() -> None:
-    stream, _ = _stream()
-    before = stream.state()
-    rows = stream.rows_in(2.0)
-    assert stream.state() == before
-    for _ in range(rows - 1):
-        stream.next_row()
-    assert stream.mixture.served < 2 * stream.mixture.pass_length
-    stream.next_row()
-    assert stream.mixture.served >= 2 * stream.mixture.pass_length
+def test_a_draw_can_be_taken_back() -> None:
+    mixture = Mixture(ONES)
+    before = mixture.state()
+    draw = mixture.draw()
+    mixture.undraw(*draw)
+    assert mixture.state() == before
+    assert mixture.draw() == draw
 
 
-def test_packed_documents_do_not_see_one_another() -> None:
-    """The logits of a packed row are those of its documents alone."""
-    ref = models.resolve("tiny")
-    model, tokenizer = models.load_model(ref, dtype=torch.float32), models.load_tokenizer(ref)
-    examples, _ = tokenise(sums(8), tokenizer, 256)
-    row, other = (
-        pack(examples[:6], max_length=256, packing=True),
-        pack(examples[6:], max_length=256, packing=True),
-    )
-    batch = collate([*row, *other], tokenizer.pad_token_id)  # the second row is padded
-    with torch.no_grad():
-        packed = model(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            attention_mask=block_mask(batch["segments"]),
-        ).logits
-        at = 0
-        for example in examples[:6]:
-            alone = model(input_ids=torch.tensor([example.ids])).logits[0]
-            torch.testing.assert_close(packed[0, at : at + len(example.ids)], alone, atol=2e-5, rtol=1e-4)
-            at += len(example.ids)
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([(0.5, {"a": 1, "b": 1, "c": 1})], "the last stage ends at 0.5"),
+        ([(0.5, {}), (0.5, {}), (1, {})], "does not ascend"),
+        ([(1, {"a": 1, "b": 1, "c": 1, "law": 1})], "'law' has weight 1 but no data"),
+        ([(1, {"a": 1, "b": 1})], "'c' has data but no weight"),
+        ([(0.5, {}), (1, {"a": 0, "b": 0, "c": 0})], "stages.1.weights: all weights are zero"),
+    ],
+)
+def test_stages_that_make_no_sense(stages: list[tuple[float, dict[str, float]]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Mixture(ONES, stages=stages)
 
 
-def test_labels_are_ids_or_ignored() -> None:
-    stream, _ = _stream()
-    batch = collate([stream.next_row() for _ in range(4)], 0)
-    supervised = batch["labels"] != IGNORE
-    assert torch.equal(batch["labels"][supervised], batch["input_ids"][supervised])
-    assert not supervised[batch["position_ids"] == 0].any()
+def test_stages_or_weights() -> None:
+    with pytest.raises(UserError, match="both given"):
+        Mixture(ONES, {"a": 1, "b": 1, "c": 1}, stages=STAGES)

@@ -7,48 +7,84 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qwen_ray.config import RunConfig
+from qwen_ray.training import shards
+from qwen_ray.training.base import load_base
+from qwen_ray.training.precision import Precision, choose
+from qwen_ray.training.strategy.base import MakeOptimizer, Strategy, Write, trained
 
-class Ddp:
-    """Strategy over ``torch.distributed``'s default group, or over nothing when there is none."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        """``device``: this worker's; without it the current GPU, else the CPU."""
-        self.distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self.distributed else 0
-        self.world_size = dist.get_world_size() if self.distributed else 1
-        if device is None:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cuda":
-            device = torch.device(
-                "cuda", torch.cuda.current_device() if device.index is None else device.index
-            )
-            torch.cuda.set_device(device)
-        self.device = device
+    from qwen_ray.models import ModelRef
 
-    def prepare(self, module: nn.Module) -> nn.Module:
-        """Move the module to this worker's device and join it to the others'."""
+
+class Ddp(Strategy):
+    """``torch.nn.parallel.DistributedDataParallel``, and loss scaling where the format needs it."""
+
+    name = "ddp"
+
+    def load(
+        self, ref: ModelRef, config: RunConfig, numbers: Precision, adapter: Path | None = None
+    ) -> PreTrainedModel:
+        return load_base(ref, config, numbers, self.device, adapter)
+
+    def join(self, module: nn.Module, make_optimizer: MakeOptimizer, config: RunConfig) -> None:
         module = module.to(self.device)
-        if self.world_size == 1:
-            return module
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
-
-    def accumulate(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Inside, gradients add up locally; the first backward outside exchanges them."""
-        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
-
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-        """Clip to a global norm; returns the norm before clipping. Gradients are equal on all ranks."""
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Element-wise sum over workers."""
+        self._plain = module
+        self.optimizer = make_optimizer(module)
+        self.module = module
         if self.world_size > 1:
-            dist.all_reduce(values)
-        return values
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.module = DistributedDataParallel(
+                module, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
+            )
+        scales = choose(config.precision, self.device).scales_loss
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
+        self._applied = True
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        if last or not isinstance(self.module, DistributedDataParallel):
+            return nullcontext()
+        return self.module.no_sync()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._scaler.scale(loss).backward()
+
+    def step(self, rate: float, max_norm: float) -> torch.Tensor:
+        self._set_rate(rate)
+        self._scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(trained(self._plain).values(), max_norm)
+        self._scaler.step(self.optimizer)
+        scale = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0
+        self._scaler.update()
+        self._applied = not self._scaler.is_enabled() or self._scaler.get_scale() >= scale
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @property
+    def applied(self) -> bool:
+        return self._applied
+
+    def weights(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        if self.rank > 0:
+            return {}
+        every = dict(self._plain.named_parameters())
+        chosen = trained(self._plain) if names is None else names
+        return {name: every[name].detach().to("cpu", copy=True) for name in chosen}
+
+    def snapshot(self) -> Write:
+        extra = {"scaler": self._scaler.state_dict()}
+        return shards.snapshot(trained(self._plain), self.optimizer, rank=self.rank, extra=extra)
+
+    def restore(self, folder: Path) -> None:
+        extra = shards.restore(trained(self._plain), self.optimizer, folder)
+        if extra.get("scaler") and self._scaler.is_enabled():
+            self._scaler.load_state_dict(extra["scaler"])

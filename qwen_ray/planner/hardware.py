@@ -1,0 +1,113 @@
+"""GPUs and how they are joined: memory, speed, links and typical prices.
+
+Sources: the makers' data sheets (dense bf16 with float32 accumulation, no sparsity; memory bandwidth; NVLink
+and PCIe in one direction). Memory is what CUDA reports as total, a little under the name's figure. Prices
+are typical on-demand prices of one GPU in a cloud, in US dollars an hour, as listed in 2025; they differ by
+a factor of two and fall, so ``price`` should be set. Network: 8 ports of 400 Gb/s for a node of 8 H100 or
+later, of 200 Gb/s for A100 80 GB, else a usual 100 Gb/s a node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qwen_ray.errors import UserError, did_you_mean
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. Bytes, FLOP/s, bytes/s, $/h."""
+
+    name: str
+    memory: int
+    flops: float
+    """Peak dense bf16."""
+    bandwidth: float
+    """Of its memory."""
+    link: float
+    """To other GPUs of the node, one direction."""
+    network: float
+    """To other nodes, its share of the node's ports."""
+    host: float
+    """To host memory."""
+    host_memory: int
+    """Its share of a node's memory, as nodes are usually sold."""
+    price: float
+    family: str
+
+
+# Memory GiB; dense bf16 TFLOP/s; memory, link, network and host GB/s; host memory GB; $/h; family.
+_ROWS: dict[str, tuple[float, float, float, float, float, float, float, float, str]] = {
+    "a100-40gb": (39.4, 312, 1555, 300, 6.25, 25, 130, 1.8, "ampere"),
+    "a100-80gb": (79.2, 312, 2039, 300, 25, 25, 240, 2.2, "ampere"),
+    "h100-80gb": (79.2, 989, 3350, 450, 50, 50, 240, 3.0, "hopper"),
+    "h200-141gb": (139.8, 989, 4800, 450, 50, 50, 240, 3.8, "hopper"),
+    "l40s-48gb": (44.4, 362, 864, 25, 6.25, 25, 120, 1.4, "ada"),
+    "a10g-24gb": (22.1, 70, 600, 25, 3.1, 25, 48, 1.0, "other"),
+    "l4-24gb": (22.0, 121, 300, 12, 3.1, 12, 48, 0.7, "ada"),
+    "rtx4090-24gb": (23.6, 165, 1008, 25, 3.1, 25, 60, 0.5, "ada"),
+    "b200-192gb": (178.0, 2250, 8000, 900, 50, 50, 350, 5.5, "blackwell"),
+}
+
+
+def _gpu(name: str) -> Gpu:
+    gib, tflops, memory_speed, link, network, host, ram, price, family = _ROWS[name]
+    return Gpu(
+        name=name,
+        memory=int(gib * GIB),
+        flops=tflops * 1e12,
+        bandwidth=memory_speed * 1e9,
+        link=link * 1e9,
+        network=network * 1e9,
+        host=host * 1e9,
+        host_memory=int(ram * 1e9),
+        price=price,
+        family=family,
+    )
+
+
+GPUS = {name: _gpu(name) for name in _ROWS}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Equal nodes with equal GPUs."""
+
+    gpu: Gpu
+    gpus_per_node: int = 1
+    nodes: int = 1
+
+    @property
+    def gpus(self) -> int:
+        return self.gpus_per_node * self.nodes
+
+    @property
+    def collective(self) -> float:
+        """Bytes/s that a GPU sends in a ring over all of them: the slowest link decides."""
+        if self.nodes > 1:
+            return min(self.gpu.network, self.gpu.link)
+        return self.gpu.link
+
+    def __str__(self) -> str:
+        nodes = f"{self.nodes} nodes x " if self.nodes > 1 else ""
+        return f"{nodes}{self.gpus_per_node} x {self.gpu.name}"
+
+
+def hardware(gpu: str, *, gpus_per_node: int = 1, nodes: int = 1, price: float | None = None) -> Hardware:
+    """From the catalogue, with another ``price`` ($/h of one GPU) if given. Unknown: :class:`UserError`."""
+    if gpu not in GPUS:
+        raise UserError(f"unknown GPU '{gpu}'", where="--gpu", fix=did_you_mean(gpu, GPUS))
+    if gpus_per_node < 1 or nodes < 1:
+        raise UserError("there must be at least one GPU and one node", where="--gpus, --nodes")
+    if price is not None and price < 0:
+        raise UserError(f"a price cannot be negative ({price:g})", where="--price")
+    known = GPUS[gpu]
+    return Hardware(known if price is None else replace(known, price=price), gpus_per_node, nodes)
+
+
+def nearest(memory: int) -> Gpu:
+    """The catalogue's GPU nearest in memory (bytes), with that memory: for hardware found on a cluster."""
+    gpu = min(GPUS.values(), key=lambda g: abs(g.memory - memory))
+    return replace(gpu, memory=memory)

@@ -1,0 +1,153 @@
+"""Every strategy ends with the loss curve and the weights of a single process, and goes on where another
+number of ranks left off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen_ray.config import RunConfig
+from tests.training.ranks import launch, run
+from tests.training.test_loop import config
+
+STRATEGIES = {
+    "ddp": ["strategy.name=ddp"],
+    "fsdp": ["strategy.name=fsdp"],
+    **{f"zero{s}": ["strategy.name=deepspeed", f"strategy.zero_stage={s}"] for s in (1, 2, 3)},
+}
+METHODS = ("lora", "full")
+PACKING = ("true", "false")
+
+
+def settings(data: Path, out: Path, method: str, packing: str, *sets: str) -> RunConfig:
+    """8 rows a step as 2 workers would make it: batches of 2, accumulated twice."""
+    every = [
+        f"method.name={method}",
+        f"data.packing={packing}",
+        "optim.batch_size=2",
+        "optim.gradient_accumulation=2",
+        "optim.max_steps=5",
+        "checkpoint.every_steps=3",
+        "method.dropout=0",
+        "evaluate.every_steps=5",
+        # Adam divides by the gradient's size: without this, entries whose gradient is rounding noise move
+        # as far as any, and in another direction in each order of summation.
+        "optim.eps=1e-4",
+    ]
+    made = config(data, out, *every, *sets)
+    made.cluster.workers = 2
+    return made
+
+
+def cases(data: Path, root: Path, strategies: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (
+            f"{strategy}-{method}-{packing}",
+            settings(data, root, method, packing, *STRATEGIES[strategy]).model_dump(mode="json"),
+        )
+        for strategy in strategies
+        for method in METHODS
+        for packing in PACKING
+    ]
+
+
+def train_all(todo: list[tuple[str, dict[str, Any]]], root: Path) -> None:
+    """On each rank: train each case; rank 0 leaves losses and weights in ``root/CASE``."""
+    for name, given in todo:
+        rows, _ = run(RunConfig.model_validate(given), root / name)
+        if rows:
+            (root / name / "rows.json").write_text(json.dumps(rows))
+
+
+def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    (file,) = (folder / "trained").glob("*.safetensors")
+    return json.loads((folder / "rows.json").read_text()), load_file(file)
+
+
+def assert_same(one: Path, other: Path, *, tolerance: float = 2e-5) -> None:
+    (rows, weights), (their_rows, their_weights) = outcome(one), outcome(other)
+    for mine, theirs in zip(rows, their_rows, strict=True):
+        for key in ("loss", "grad_norm", *(k for k in mine if k.startswith("eval_loss"))):
+            assert mine[key] == pytest.approx(theirs[key], rel=2e-4), (one.name, key, mine["step"])
+    assert weights.keys() == their_weights.keys()
+    differ = {name: float((value - their_weights[name]).abs().max()) for name, value in weights.items()}
+    worst = max(differ, key=lambda name: differ[name])
+    assert differ[worst] < tolerance, (one.name, worst, differ[worst])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from qwen_ray.data.records import write_records
+    from tests.conftest import sums
+
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    write_records(path, [*sums(120), *sums(60, seed=1, domain="more")])
+    return path
+
+
+@pytest.fixture(scope="module")
+def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each method and packing in one process."""
+    root = tmp_path_factory.mktemp("single")
+    train_all(cases(data, root, ["ddp"]), root)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_end_as_one(strategy: str, data: Path, single: Path, tmp_path: Path) -> None:
+    launch(2, train_all, cases(data, tmp_path, [strategy]), tmp_path)
+    for method in METHODS:
+        for packing in PACKING:
+            assert_same(tmp_path / f"{strategy}-{method}-{packing}", single / f"ddp-{method}-{packing}")
+
+
+def go_on(todo: list[tuple[str, dict[str, Any]]], root: Path) -> None:
+    """On each rank: end the runs in ``root/CASE``, which lost their last checkpoint."""
+    for name, given in todo:
+        rows, result = run(RunConfig.model_validate(given), root / name, handed="resumed")
+        assert result.resumed_from == 3
+        if rows:
+            (root / name / "resumed" / "rows.json").write_text(json.dumps(rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "before", "after"),
+    [
+        ((2, 1), ["ddp", "fsdp"], {"ddp": "ddp", "fsdp": "fsdp"}),
+        ((2, 2), ["ddp", "fsdp"], {"ddp": "fsdp", "fsdp": "ddp"}),
+        ((1, 2), ["ddp", "fsdp"], {"ddp": "ddp", "fsdp": "fsdp"}),
+        ((2, 1), ["zero1", "zero2", "zero3"], {}),
+        ((1, 2), ["zero2"], {}),
+    ],
+)
+def test_another_number_of_ranks_goes_on(  # noqa: PLR0917
+    ranks: tuple[int, int],
+    before: list[str],
+    after: dict[str, str],
+    data: Path,
+    single: Path,
+    tmp_path: Path,
+) -> None:
+    """N to M ranks, and ddp to fsdp and back, whose checkpoints are of one format."""
+    first = [case for case in cases(data, tmp_path, before) if case[0].endswith("true")]
+    launch(ranks[0], train_all, first, tmp_path)
+    then = []
+    for name, given in first:
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000005")
+        given["strategy"]["name"] = after.get(name.split("-")[0], given["strategy"]["name"])
+        then.append((name, given))
+    launch(ranks[1], go_on, then, tmp_path)
+    for name, _ in first:
+        (file,) = (tmp_path / name / "resumed").glob("*.safetensors")
+        weights = load_file(file)
+        _, expected = outcome(single / ("ddp-" + name.split("-", 1)[1]))
+        worst = max(float((weights[key] - expected[key]).abs().max()) for key in expected)
+        assert worst < 2e-5, (name, worst)
