@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from qwen_ray.errors import UserError
 from qwen_ray.evaluation import suites
 from qwen_ray.evaluation.harness import evaluate
 from qwen_ray.serving.backends import EngineBackend, Ids, Sampling, Scored, _warn_truncated
@@ -223,14 +224,18 @@ class LiveBackend(EngineBackend):
             done = [work(part) for part in (parts if self._live.lockstep else parts[rank::world])]
         except Exception as e:  # the others wait for an answer, and must learn of it
             failure = e
-        message = None if failure is None else f"{type(failure).__name__}: {failure}"
+        told: Any = None if failure is None else f"{type(failure).__name__}: {failure}"
+        if isinstance(failure, UserError | FloatingPointError):
+            told = failure  # starting again would not help, and every rank must know that
         answers: list[Any] = [None] * world
-        dist.all_gather_object(answers, (done, message))
+        dist.all_gather_object(answers, (done, told))
         if failure is not None:
             raise failure
-        for other, (_, message) in enumerate(answers):
-            if message is not None:
-                raise RuntimeError(f"the evaluation failed on rank {other}: {message}")
+        for other, (_, told) in enumerate(answers):
+            if isinstance(told, Exception):
+                raise told
+            if told is not None:
+                raise RuntimeError(f"the evaluation failed on rank {other}: {told}")
         # In lockstep all did everything; rank 0's figures are everybody's, to the last bit.
         return list(answers[0][0]) if self._live.lockstep else [x for done, _ in answers for x in done]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_ray.combinations import unsound
 from qwen_ray.config import RunConfig
 from qwen_ray.planner import memory, programs, speed
 from qwen_ray.planner.hardware import Hardware
@@ -131,20 +132,6 @@ def _strategies(config: RunConfig, hardware: Hardware, *, offload: bool) -> Iter
 def _zero(stage: int, **offload: str) -> dict[str, Any]:
     nothing = {"offload_optimizer": "none", "offload_parameters": "none"}
     return {"name": "deepspeed", "zero_stage": stage, **nothing, **offload}
-
-
-def unsound(config: RunConfig) -> str:
-    """Why method and strategy do not go together, or an empty string."""
-    strategy = config.strategy
-    shards = strategy.name == "fsdp" or (strategy.name == "deepspeed" and strategy.zero_stage == 3)
-    if config.method.name == "qlora" and shards:
-        return "4-bit weights cannot be sharded"
-    if config.method.init in {"pissa", "olora"} and config.method.name != "full":
-        if config.method.name == "qlora":
-            return f"{config.method.init} changes the base, and a 4-bit base cannot be changed"
-        if shards:
-            return f"{config.method.init} needs whole weights"
-    return ""
 
 
 def _refusal(config: RunConfig, shape: Shape, hardware: Hardware, need: Memory) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qwen_ray.combinations import unsound
 from qwen_ray.config import ComputeConfig, RunConfig, StrategyConfig
 from qwen_ray.errors import UserError
 from qwen_ray.planner.hardware import Hardware, nearest
-from qwen_ray.planner.layouts import USABLE, Layout, layouts, unsound
+from qwen_ray.planner.layouts import USABLE, Layout, layouts
 from qwen_ray.planner.shapes import Shape, shape_of
 
 _SAME = 1.03

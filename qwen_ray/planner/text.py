@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen_ray.planner.layouts import USABLE, Layout, unsound
+from qwen_ray.combinations import unsound
+from qwen_ray.planner.layouts import USABLE, Layout
 from qwen_ray.planner.memory import PARTS
 from qwen_ray.planner.plan import Plan
 

@@ -53,6 +53,7 @@ class CheckpointStore:
         """Steps whose checkpoints are kept beside the newest."""
         self._ranks, self._asynchronous = ranks, asynchronous
         self._pending: threading.Thread | None = None
+        self._staging: Path | None = None  # of the save under way
         self._failure: str | None = None  # this rank's, of the save under way
         self._failed: str | None = None  # some rank's, of a save that has ended
         self._abandoned = threading.Event()
@@ -73,8 +74,7 @@ class CheckpointStore:
         damages = []
         for name in reversed(names):
             folder = self.root / name
-            found = self._ranks.gather(self._look(folder))
-            problem = next((p for p in found if p), None)
+            problem = next((p for p in self._ranks.gather(self._look(folder)) if p), None)
             if problem is None:
                 return folder, read_manifest(folder)
             damages.append(problem)
@@ -91,6 +91,21 @@ class CheckpointStore:
         """Where the checkpoint of ``step`` is, if there is one."""
         return self.root / f"step-{step:08d}"
 
+    def check(self, step: int) -> Path:
+        """The folder of ``step``, each rank having verified its share; called on every rank.
+
+        Raises :class:`UserError`, on all ranks alike, if it is damaged or not there.
+        """
+        folder = self.folder(step)
+        problem = next((p for p in self._ranks.gather(self._look(folder)) if p), None)
+        if problem is not None:
+            raise UserError(
+                f"the checkpoint of step {step} cannot be used: {problem}",
+                where=str(folder),
+                fix="restore it from a copy, or train into a new --out folder",
+            )
+        return folder
+
     def _look(self, folder: Path) -> str | None:
         """What is wrong with this rank's share of the files, if anything."""
         try:
@@ -106,7 +121,8 @@ class CheckpointStore:
         are. Returns what is known to have failed: this save, or if asynchronous the one before.
         """
         before = self.settle()
-        staging = self.root / f".step-{step:08d}-{self.start}"
+        staging = self._staging = self.root / f".step-{step:08d}-{self.start}"
+        own = staging / f"part-{self._ranks.rank:05d}"
         self._abandoned.clear()
 
         def guard(work: Callable[[], None]) -> None:
@@ -118,29 +134,29 @@ class CheckpointStore:
                     log.error("the checkpoint of step %d was not written: %s", step, self._failure)
 
         def write_own() -> None:
-            self._write_own(staging, write)
+            write(own)
+            fsync_tree(own)
+            write_json(staging / f".note-{self._ranks.rank:05d}.json", _sums(own))
 
         def commit() -> None:
             if self._asynchronous:
-                guard(write_own)
+                guard(lambda: own.mkdir(parents=True))
+                if self._failure is None:
+                    guard(write_own)
             if self._ranks.rank == 0 and self._failure is None:
                 guard(lambda: self._commit(staging, step, manifest))
 
         if not self._asynchronous:
-            guard(write_own)  # in step: what writes may talk to the other ranks
+            # In step, as what writes may talk to the other ranks: so either all write or none does.
+            guard(lambda: own.mkdir(parents=True))
+            if not any(self._ranks.gather(self._failure)):
+                guard(write_own)
         self._pending = threading.Thread(target=commit, name=f"checkpoint-{step}", daemon=True)
         self._pending.start()
         if self._asynchronous:
             return before
         self._failed = self.settle()
         return self._failed
-
-    def _write_own(self, staging: Path, write: Write) -> None:
-        own = staging / f"part-{self._ranks.rank:05d}"
-        own.mkdir(parents=True)
-        write(own)
-        fsync_tree(own)
-        write_json(staging / f".note-{self._ranks.rank:05d}.json", _sums(own))
 
     def _commit(self, staging: Path, step: int, manifest: dict[str, Any]) -> None:
         files: dict[str, Any] = {}
@@ -155,8 +171,9 @@ class CheckpointStore:
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
         fsync_dir(self.root)
-        others = [p for p in complete(self.root) if step_of(p) not in self.protected]
-        for old in others[: -self.keep]:
+        # A later one was damaged when this start skipped it: it must not push out those that are good.
+        earlier = [p for p in complete(self.root) if step_of(p) <= step]
+        for old in [p for p in earlier if step_of(p) not in self.protected][: -self.keep]:
             shutil.rmtree(old)
 
     def _note(self, path: Path) -> dict[str, Any]:
@@ -183,6 +200,8 @@ class CheckpointStore:
         self._pending = None
         told += [f for f in self._ranks.gather(self._failure) if f]
         self._failure = None
+        if told and self._ranks.rank == 0 and self._staging is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)  # it may be what fills the disk
         return told[0] if told else None
 
 

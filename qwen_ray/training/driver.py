@@ -23,26 +23,25 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qwen_ray import __version__, cluster, models
+from qwen_ray import __version__, cluster, combinations, models
 from qwen_ray.config import RunConfig, read_config
 from qwen_ray.data.dataset import load_splits, make_mixture
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import fsync_tree, read_json, sha256_json, write_json, write_text
 from qwen_ray.planner.plan import choose_strategy
 from qwen_ray.registry import LINEAGE
-from qwen_ray.training import checkpoint as ckpt
-from qwen_ray.training import errors, lora
+from qwen_ray.training import errors
 from qwen_ray.training.tracking import METRICS, Tracker, read_metrics
+from qwen_ray.training.worker import ARTIFACT, run_rank, work
 
 log = logging.getLogger(__name__)
 
-RUN, CONFIG, CHECKPOINTS = "run.json", "config.yaml", "checkpoints"
-_STAGING = ".artifact"
+RUN, CONFIG = "run.json", "config.yaml"
 _PATIENCE, _ELASTIC_PATIENCE = 60.0, 10.0  # seconds
 Progress = Callable[[dict[str, Any]], None]
 # What may differ between two starts of one run: they decide nothing about its result.
@@ -114,7 +113,7 @@ def _absolute(config: RunConfig) -> RunConfig:
 def _check_input(config: RunConfig) -> None:
     """Everything that can be seen to be wrong before a cluster is started."""
     models.model_config(models.resolve(config.model.name))
-    lora.check(config)
+    combinations.check(config)
     train, _ = load_splits(config.data, seed=config.seed)
     counts: dict[str, list[int]] = {}
     for record in train:
@@ -192,75 +191,35 @@ def _run_alone(config: RunConfig, out: Path, run_id: str, progress: Progress | N
             progress(row)
 
     try:
-        return _train("ddp", None, config, out, on_metrics=on_metrics)
+        return run_rank("ddp", None, config, out, on_metrics=on_metrics)
     finally:
         tracker.close()
 
 
-def _train(
-    strategy_name: str,
-    device: Any,
-    config: RunConfig,
-    out: Path,
-    *,
-    on_metrics: Progress,
-    preempted: Callable[[], bool] | None = None,
-) -> dict[str, Any]:
-    """The loop on this rank, with its checkpoints and what it leaves in the run's folder."""
-    from qwen_ray.training import strategy as strategies
-    from qwen_ray.training.loop import train
-
-    strategy = strategies.make(strategy_name, device)
-    store = ckpt.CheckpointStore(
-        out / CHECKPOINTS,
-        strategy,
-        keep=config.checkpoint.keep,
-        asynchronous=config.checkpoint.asynchronous and strategy.asynchronous,
-    )
-    shutil.rmtree(out / _STAGING, ignore_errors=True)
-    result = train(
-        config,
-        strategy=strategy,
-        store=store,
-        on_metrics=on_metrics,
-        artifact=out / _STAGING,
-        preempted=preempted,
-    )
-    return asdict(result)
-
-
 def _run_on_ray(config: RunConfig, out: Path, run_id: str, progress: Progress | None) -> dict[str, Any]:
     """The loop under Ray Train V2, one process a worker."""
-    workers, fewest = config.cluster.workers, config.cluster.min_workers
+    workers, fewest = config.cluster.workers, config.cluster.min_workers or config.cluster.workers
     # How long Ray Train waits for room before it tries again, with fewer workers where it may.
-    patience = min(config.cluster.start_seconds, _ELASTIC_PATIENCE if fewest else _PATIENCE)
+    patience = min(config.cluster.start_seconds, _PATIENCE if fewest == workers else _ELASTIC_PATIENCE)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
     cluster.connect(config.cluster.address, num_cpus=int(workers * config.cluster.cpus_per_worker) + 1)
-    import ray
     from ray.train import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    gpus = config.cluster.gpus_per_worker
-    if gpus is None:
-        # Asked of the cluster, not of this machine: a head or driver node has no GPU, as a rule.
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
+    gpus = _gpus_a_worker(config, fewest)
     resources = {"CPU": config.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     if cluster.started_here():  # another may have an autoscaler, and grow
-        _check_room(resources, fewest or workers)
+        _check_room(resources, fewest)
+    config = _resolve_strategy(config, gpus)
     scaling: dict[str, Any] = {"num_workers": workers}
-    if fewest and fewest < workers:
+    if fewest < workers:
         scaling = {
             "num_workers": (fewest, workers),
             "elastic_resize_monitor_interval_s": config.cluster.resize_seconds,
         }
-    gpu_memory = _gpu_memory(gpus) if gpus and config.strategy.name == "auto" else 0
-    chosen, compute, reason = choose_strategy(config, int(gpus * workers), gpu_memory)
-    log.info("strategy %s", reason)
-    config = config.model_copy(update={"strategy": chosen, "compute": compute})
-    lora.check(config)
     trainer = TorchTrainer(
-        _worker,
+        work,
         train_loop_config={"config": config.model_dump(mode="json"), "out": str(out), "run_id": run_id},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(use_gpu=bool(gpus), resources_per_worker=resources, **scaling),
@@ -275,6 +234,17 @@ def _run_on_ray(config: RunConfig, out: Path, run_id: str, progress: Progress | 
         ),
     )
     errors.clear(out)
+    result = _fit(trainer, out, progress)
+    if result.error is not None:
+        raise RuntimeError(errors.explain(result.error, out)) from result.error
+    returned = result.return_value
+    if "raised" in returned:
+        raise returned["raised"]
+    return dict(returned)
+
+
+def _fit(trainer: Any, out: Path, progress: Progress | None) -> Any:
+    """``trainer.fit()``, with ``progress`` called on each row of metrics as it appears."""
     outcome: dict[str, Any] = {}
 
     def fit() -> None:
@@ -298,13 +268,38 @@ def _run_on_ray(config: RunConfig, out: Path, run_id: str, progress: Progress | 
     except KeyboardInterrupt:
         cluster.disconnect()
         raise
-    error = outcome.get("error") or outcome["result"].error
-    if error is not None:
-        raise RuntimeError(errors.explain(error, out)) from error
-    returned = outcome["result"].return_value
-    if "raised" in returned:
-        raise returned["raised"]
-    return dict(returned)
+    if "error" in outcome:
+        raise RuntimeError(errors.explain(outcome["error"], out)) from outcome["error"]
+    return outcome["result"]
+
+
+def _gpus_a_worker(config: RunConfig, fewest: int) -> float:
+    """As configured, else 1 if the cluster has that many: a head or driver node has no GPU, as a rule."""
+    import ray
+
+    if config.cluster.gpus_per_worker is not None:
+        return config.cluster.gpus_per_worker
+    have = ray.cluster_resources().get("GPU", 0)
+    if have >= fewest:
+        return 1
+    if have:
+        log.warning(
+            "the cluster has %g GPUs for %d workers: training on CPUs; ask for as many workers as it has "
+            "GPUs, or set cluster.gpus_per_worker=1 to wait for more",
+            have,
+            fewest,
+        )
+    return 0
+
+
+def _resolve_strategy(config: RunConfig, gpus: float) -> RunConfig:
+    """``strategy.name: auto`` asks the planner, which asks the cluster what its GPUs are."""
+    memory = _gpu_memory(gpus) if gpus and config.strategy.name == "auto" else 0
+    chosen, compute, reason = choose_strategy(config, int(gpus * config.cluster.workers), memory)
+    log.info("strategy %s", reason)
+    resolved = config.model_copy(update={"strategy": chosen, "compute": compute})
+    combinations.check(resolved)
+    return resolved
 
 
 def _gpu_memory(gpus: float) -> int:
@@ -335,48 +330,10 @@ def _check_room(resources: dict[str, float], workers: int) -> None:
             )
 
 
-def _worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray Train worker runs."""
-    import ray.train
-    import ray.train.torch
-    import torch
-    import transformers
-
-    # A line for each report of each rank, and a bar for each load, would bury what matters. The root, for
-    # Ray's logger of reports is named after its file and escapes LoggingConfig.
-    logging.getLogger().setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
-    config, out = RunConfig.model_validate(settings["config"]), Path(settings["out"])
-    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    rank = ray.train.get_context().get_world_rank()
-    if rank > 0:  # all see the same data; one need say what is wrong with it
-        logging.getLogger("qwen_ray").setLevel(logging.ERROR)
-    tracker = Tracker(out, config, settings["run_id"]) if rank == 0 else None
-    try:
-        # The device is Ray's, for on a node with several GPUs every worker sees them all.
-        return _train(
-            config.strategy.name,
-            ray.train.torch.get_device(),
-            config,
-            out,
-            on_metrics=tracker or (lambda _: None),
-            preempted=lambda: ray.train.get_preemption_info() is not None,
-        )
-    except (UserError, FloatingPointError) as e:
-        # The same on every rank and at every try: not a failure to start again from.
-        return {"raised": e}
-    except BaseException as e:
-        errors.note(out, rank, e)
-        raise
-    finally:
-        if tracker:
-            tracker.close()
-
-
 def _publish(result: dict[str, Any], out: Path, config: RunConfig) -> str:
     """Give what the loop left its lineage and its name; returns the folder's name."""
     name = "model" if config.method.name == "full" else "adapter"
-    staging = out / _STAGING
+    staging = out / ARTIFACT
     ref = models.resolve(config.model.name)
     write_json(
         staging / LINEAGE,

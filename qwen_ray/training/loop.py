@@ -23,7 +23,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 OnMetrics = Callable[[dict[str, Any]], None]
 NOTICE_SECONDS = 5.0
 """How often to ask whether this node is about to be taken away: asking waits for every worker."""
@@ -133,15 +134,15 @@ def train(
     rows = optim.max_steps * run.rows_a_step if optim.max_steps else None
     total = max(1, -(-stream.plan(rows=rows, passes=optim.epochs) // run.rows_a_step))
     first = restore(run, *found) if found else 0
+    stopped: str | None = found[1]["stopped"] if found else None
     rolls_back = bool(config.evaluate.suites) and config.evaluate.on_forgetting == "rollback"
     if config.evaluate.suites and not run.monitor.started:
         log.info("%s", run.monitor.update(first, *evaluate_suites(run)).message)
         if rolls_back:
             save(run, store, first, stream.state())
 
-    stopped: str | None = None
     notice = Notice(preempted)
-    steps = run.feed.steps(stream, rows=run.rows_a_step, count=total - first)
+    steps = run.feed.steps(stream, rows=run.rows_a_step, count=0 if stopped else total - first)
     with contextlib.ExitStack() as stack:
         trace = stack.enter_context(_trace(config, strategy.rank)) if config.tracking.examples else None
         step = first
@@ -161,7 +162,7 @@ def train(
                 on_metrics(metrics)
             done = step == total or stopped is not None
             if done or must_save or step % config.checkpoint.every_steps == 0:
-                save(run, store, step, data.state)
+                save(run, store, step, data.state, stopped)
             if done:
                 break
     if failure := store.settle():
@@ -238,10 +239,12 @@ def judge(run: Run, step: int, metrics: dict[str, Any]) -> Verdict:
     return verdict
 
 
-def save(run: Run, store: CheckpointStore, step: int, data_state: dict[str, Any]) -> None:
+def save(
+    run: Run, store: CheckpointStore, step: int, data_state: dict[str, Any], stopped: str | None = None
+) -> None:
     """Write a checkpoint; a failure costs only it, until too many have failed in a row."""
     store.protected = {run.monitor.best_step} if run.monitor.started else set()
-    failure = store.save(step, snapshot(run), manifest(run, data_state))
+    failure = store.save(step, snapshot(run), {**manifest(run, data_state), "stopped": stopped})
     run.failed_saves = run.failed_saves + 1 if failure else 0
     if run.failed_saves >= MAX_FAILED_SAVES:
         raise RuntimeError(f"{run.failed_saves} checkpoints in a row were not written: {failure}")
@@ -249,37 +252,79 @@ def save(run: Run, store: CheckpointStore, step: int, data_state: dict[str, Any]
 
 def set_up(config: RunConfig, strategy: Strategy, *, started: Path | None = None) -> Run:
     """Data, model, optimizer: the same on every worker. ``started``: a checkpoint that is restored next."""
-    ref = models.resolve(config.model.name)
-    tokenizer = models.load_tokenizer(ref)
-    data = build_dataset(config.data, tokenizer, seed=config.seed, context=models.context_length(ref))
-    numbers = precision.choose(config.precision, strategy.device)
+    part = agreed(strategy, lambda: _local_part(config, strategy))
     compute = config.compute
-    kind = attention.choose(compute.attention, strategy.device, numbers.compute)
-    model = strategy.load(ref, config, numbers, started and started / "adapter")
+    model = strategy.load(part.ref, config, part.numbers, started and started / "adapter")
     if compute.activation_checkpointing:
         memory.checkpoint_layers(model)
     if compute.compile:
         memory.compile_layers(model)
-    module = loss.TokenLoss(model, attention=kind, loss=loss.choose(compute.loss, strategy.device))
+    module = loss.TokenLoss(model, attention=part.attention, loss=part.loss)
     strategy.join(module, lambda m: make_optimizer(m, config.optim, config.method), config)
     return Run(
         config=config,
         strategy=strategy,
-        tokenizer=tokenizer,
-        data=data,
-        numbers=numbers,
+        tokenizer=part.tokenizer,
+        data=part.data,
+        numbers=part.numbers,
         model=model,
         feed=Feed(
             strategy.rank,
             strategy.world_size,
             config.optim.batch_size,
-            int(tokenizer.pad_token_id),
-            data.manifest["max_length"] if compute.compile else None,
+            int(part.tokenizer.pad_token_id),
+            part.data.manifest["max_length"] if compute.compile else None,
         ),
-        meter=_meter(ref, config, strategy),
+        meter=_meter(part.ref, config, strategy),
         monitor=ForgettingMonitor(config.evaluate.tolerance, config.evaluate.on_forgetting),
+        base=part.base,
+    )
+
+
+@dataclass
+class _Local:
+    """What a worker makes of files on its own node, before it talks to the others."""
+
+    ref: models.ModelRef
+    tokenizer: PreTrainedTokenizerBase
+    data: Dataset
+    numbers: precision.Precision
+    attention: attention.Kind
+    loss: loss.LossKind
+    base: str
+
+
+def _local_part(config: RunConfig, strategy: Strategy) -> _Local:
+    ref = models.resolve(config.model.name)
+    tokenizer = models.load_tokenizer(ref)
+    numbers = precision.choose(config.precision, strategy.device)
+    return _Local(
+        ref=ref,
+        tokenizer=tokenizer,
+        data=build_dataset(config.data, tokenizer, seed=config.seed, context=models.context_length(ref)),
+        numbers=numbers,
+        attention=attention.choose(config.compute.attention, strategy.device, numbers.compute),
+        loss=loss.choose(config.compute.loss, strategy.device),
         base=models.fingerprint(ref),
     )
+
+
+def agreed(strategy: Strategy, work: Callable[[], T]) -> T:
+    """``work()`` on every rank; a :class:`UserError` of one is raised on all. No collectives inside.
+
+    A file may be missing on one node only: the others would wait for that rank for ever.
+    """
+    value: Any = None
+    failure: UserError | None = None
+    try:
+        value = work()
+    except UserError as e:
+        failure = e
+    failures = [f for f in strategy.gather(failure) if f is not None]
+    if failures:
+        raise failures[0]
+    result: T = value
+    return result
 
 
 def train_step(run: Run, data: Step, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -383,6 +428,14 @@ def manifest(run: Run, data_state: dict[str, Any]) -> dict[str, Any]:
 
 def restore(run: Run, folder: Path, found: dict[str, Any]) -> int:
     """Load a checkpoint with its manifest; returns the number of steps already done."""
+    agreed(run.strategy, lambda: _check_fits(run, folder, found))
+    run.strategy.restore(folder / "state")
+    run.data.stream.load_state(found["data_state"])
+    run.monitor.load_state(found["monitor"])
+    return int(found["step"])
+
+
+def _check_fits(run: Run, folder: Path, found: dict[str, Any]) -> None:
     if found["identity"] != run.identity:
         raise UserError(
             "the run in this folder was started with another configuration, other data or another base",
@@ -396,17 +449,13 @@ def restore(run: Run, folder: Path, found: dict[str, Any]) -> int:
             where=str(folder),
             fix=f"--set strategy.name={found['config']['strategy']['name']}, or a new --out folder",
         )
-    run.strategy.restore(folder / "state")
-    run.data.stream.load_state(found["data_state"])
-    run.monitor.load_state(found["monitor"])
-    return int(found["step"])
 
 
 def roll_back(run: Run, store: CheckpointStore) -> int:
     """Put the weights back to the best step that forgot nothing; returns that step."""
     best = run.monitor.best_step
     log.warning("going back to step %d, the best that forgot nothing", best)
-    checkpoint.verify(store.folder(best))
+    agreed(run.strategy, lambda: checkpoint.verify(store.folder(best)))
     run.strategy.restore(store.folder(best) / "state")
     return best
 

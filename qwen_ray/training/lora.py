@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qwen_ray.config import MethodConfig, RunConfig
+from qwen_ray.combinations import CHANGES_BASE
+from qwen_ray.config import MethodConfig
 from qwen_ray.errors import UserError, did_you_mean
 from qwen_ray.fsio import read_json, sha256_json, write_json
 
@@ -38,53 +39,11 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-CHANGES_BASE = ("pissa", "olora")
-"""Initialisations that move a part of the base's weights into the adapter."""
 
 _ADAPTER = "default"
 _ROOT = "base_model.model."  # how PEFT names the base inside its wrapper
 # Parts of a name that wrappers put in: torch.compile, activation checkpointing.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)(?:\.|$)")
-
-
-def check(config: RunConfig) -> None:
-    """Refuse a combination of method, initialisation and strategy that would not train what it says.
-
-    ``strategy.name: auto`` is let through: call again with the planner's choice.
-    """
-    method, strategy = config.method, config.strategy
-    if method.name == "full":
-        return
-    shards = strategy.name == "fsdp" or (strategy.name == "deepspeed" and strategy.zero_stage == 3)
-    if method.init == "orthogonal" and method.r % 2:
-        raise UserError(
-            f"orthogonal initialisation splits the rank in two halves, and {method.r} is odd",
-            where="method.r",
-            fix=f"for example method.r={method.r + 1}",
-        )
-    if method.name == "qlora":
-        if method.init in CHANGES_BASE:
-            raise UserError(
-                f"{method.init} takes a part out of the base's weights, and 4-bit weights cannot hold what "
-                "is left: they would be rounded a second time",
-                where="method.init",
-                fix="method.init=default, or method.name=lora",
-            )
-        if shards:
-            # Not impossible: both do shard bitsandbytes' packed bytes, once a rank has them whole.
-            raise UserError(
-                f"{'fsdp' if strategy.name == 'fsdp' else 'ZeRO stage 3'} reads and shards the base layer by "
-                "layer in 16 bits; this version quantises a whole base only",
-                where="strategy.name" if strategy.name == "fsdp" else "strategy.zero_stage",
-                fix="ddp, or deepspeed with zero_stage 1 or 2: a 4-bit base is small (14B: 10 GB)",
-            )
-    elif method.init in CHANGES_BASE and shards:
-        raise UserError(
-            f"{method.init} factorises each whole weight; where weights are shards, every rank would "
-            "factorise its own copy, and signs and rotations differ from one machine to the next",
-            where="method.init",
-            fix="method.init=default, or strategy ddp or deepspeed with zero_stage 1 or 2",
-        )
 
 
 # ---------------------------------------------------------------- building

@@ -105,12 +105,19 @@ def test_what_is_decided_stays() -> None:
 def test_four_bit_weights_are_not_sharded(strategy: dict[str, Any]) -> None:
     made = _plan("3b", "qlora", 8, strategy=strategy)
     assert not made.fits
-    assert {x.refused for x in made.tried} == {"4-bit weights cannot be sharded"}
+    assert all("quantises a whole base only" in x.refused for x in made.tried)
     assert "strategy.name=auto" in made.advice
     assert "What needs least" not in plan_text(made)  # there is nothing to weigh
     free = _plan("3b", "qlora", 8).best
     assert free is not None
     assert free.config.strategy.name == "ddp"
+
+
+def test_eight_bit_state_is_not_sharded_by_fsdp() -> None:
+    made = _plan("7b", "full", 8, optim={"name": "adamw_8bit"})
+    assert made.best is not None
+    assert made.best.config.strategy.name != "fsdp"
+    assert not _plan("7b", "full", 8, optim={"name": "adamw_8bit"}, strategy={"name": "fsdp"}).fits
 
 
 def test_rows_longer_than_the_model_are_refused() -> None:

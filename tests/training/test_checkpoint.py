@@ -35,6 +35,23 @@ def test_only_the_newest_are_kept_and_the_unfinished_are_not_seen(tmp_path: Path
     assert found[1]["step"] == 4
 
 
+def test_a_later_one_that_was_skipped_does_not_push_out_the_good(tmp_path: Path) -> None:
+    """Steps 10 and 30 were saved, 30 is damaged, and the run goes on from 10."""
+    store = Store(tmp_path, keep=1)
+    for step in (10, 30):
+        store.keep = 2
+        store.save(step, lambda folder: (folder / "x").write_text("good"), {})
+    assert store.settle() is None
+    (tmp_path / "step-00000030" / "x").write_text("evil")
+    store = Store(tmp_path, keep=1)
+    store.save(20, lambda folder: (folder / "x").write_text("good"), {})
+    assert store.settle() is None
+    found = store.newest()
+    assert found is not None
+    assert found[1]["step"] == 20
+    assert not (tmp_path / "step-00000010").exists()
+
+
 def test_every_file_damaged_in_turn_is_named_and_the_one_before_is_used(
     tmp_path: Path, data_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,6 +122,7 @@ def test_a_disk_that_is_full_costs_no_older_checkpoint(
         signal.signal(signal.SIGXFSZ, before)
     assert failure is not None
     assert "rank 0: OSError" in failure
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []  # nothing keeps the disk full
     found = store.newest()
     assert found is not None
     assert found[1]["step"] == 1
@@ -138,6 +156,46 @@ def _one_rank_cannot_write(root: Path, asynchronous: bool) -> None:
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_one_rank_that_cannot_write_strands_nobody(asynchronous: bool, tmp_path: Path) -> None:
     launch(2, _one_rank_cannot_write, tmp_path, asynchronous)
+
+
+def _one_rank_sees_damage(root: Path) -> None:
+    ranks = strategies.make("ddp")
+    store = ckpt.CheckpointStore(root, ranks, keep=2)
+    assert store.save(1, lambda folder: (folder / f"{ranks.rank}").touch(), {}) is None
+    assert store.check(1) == store.folder(1)
+    if ranks.rank == 0:
+        (store.folder(1) / "1").write_text("x")  # in rank 1's share
+    ranks.gather(None)
+    for step in (1, 2):
+        with pytest.raises(UserError, match=f"step {step} cannot be used"):
+            store.check(step)
+
+
+def test_damage_that_one_rank_sees_is_an_error_on_all(tmp_path: Path) -> None:
+    launch(2, _one_rank_sees_damage, tmp_path)
+
+
+def _one_rank_has_no_folder(root: Path) -> None:
+    ranks = strategies.make("ddp")
+    store = ckpt.CheckpointStore(root, ranks, keep=2)
+    shared: list[list[str]] = []
+    if ranks.rank == 1:
+        taken = root / f".step-00000001-{store.start}" / "part-00001"
+        taken.parent.mkdir()
+        taken.touch()
+    ranks.gather(None)
+    told = []
+    for step in (1, 2):  # the writing talks to the other ranks, as DeepSpeed's does
+        told.append(store.save(step, lambda folder: shared.append(ranks.gather("written")), {}))
+    assert told[0] is not None
+    assert told[0].startswith("rank 1: FileExistsError")
+    assert told[1] is None
+    assert shared == [["written", "written"]]
+    assert [ckpt.step_of(p) for p in ckpt.complete(root)] == [2]
+
+
+def test_writing_in_step_begins_on_all_ranks_or_on_none(tmp_path: Path) -> None:
+    launch(2, _one_rank_has_no_folder, tmp_path)
 
 
 def test_a_missing_shard_is_refused(tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
     return dict(json.loads(stdout))
 
 
-def start(argv: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(argv: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_step(out: Path, step: int) -> None:

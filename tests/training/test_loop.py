@@ -184,3 +184,66 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, data_file: Path
     )
     with pytest.raises(FloatingPointError, match=r"lower optim\.learning_rate"):
         run(settings, Store(tmp_path / "c", keep=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["warn", "stop", "rollback"])
+def test_a_strength_that_is_forgotten(action: str, tmp_path: Path, data_file: Path) -> None:
+    """Training on sums at a far too high rate ruins the base's arithmetic: warned of, stopped, or undone."""
+    settings = config(
+        data_file,
+        tmp_path,
+        "optim.learning_rate=0.2",
+        "optim.warmup_steps=0",
+        "evaluate.suites=[tiny]",
+        "evaluate.suites_every_steps=4",
+        "evaluate.suites_limit=10",
+        f"evaluate.on_forgetting={action}",
+        "checkpoint.every_steps=100",
+    )
+    store = Store(tmp_path / "c")
+    rows, result = run(settings, store)
+    judged = {row["step"]: row["forgetting/worst"] for row in rows if "forgetting/worst" in row}
+    assert judged[4] > 0.04
+    if action == "warn":
+        assert result.stopped is None
+        assert set(judged) == {4, 8, 10}
+        assert result.step == result.steps == 10
+        return
+    assert "fell from" in result.stopped
+    assert result.steps == 4
+    assert result.step == (0 if action == "rollback" else 4)
+
+
+def test_judging_leaves_no_trace_in_the_training(tmp_path: Path, data_file: Path) -> None:
+    plain, judged = Store(tmp_path / "plain"), Store(tmp_path / "judged")
+    rows, _ = run(config(data_file, tmp_path, "optim.max_steps=4"), plain)
+    suites = ["evaluate.suites=[tiny]", "evaluate.suites_every_steps=2", "evaluate.suites_limit=2"]
+    same, _ = run(config(data_file, tmp_path, "optim.max_steps=4", *suites), judged)
+    assert [r["loss"] for r in same] == [r["loss"] for r in rows]
+    assert weights(judged) == weights(plain)
+
+
+def test_activation_checkpointing_changes_no_bit(tmp_path: Path, data_file: Path) -> None:
+    results = []
+    for name in ("false", "true"):
+        store = Store(tmp_path / name)
+        run(
+            config(data_file, tmp_path, f"compute.activation_checkpointing={name}", "optim.max_steps=4"),
+            store,
+        )
+        results.append(weights(store))
+    assert results[0] == results[1]
+
+
+def test_what_decides_the_result_and_what_does_not(tmp_path: Path, data_file: Path) -> None:
+    """The same rows a step in other micro-batches go on; another number of rows does not."""
+    store = Store(tmp_path / "c")
+    eight = ["optim.batch_size=4", "optim.gradient_accumulation=2"]
+    run(config(data_file, tmp_path, "optim.max_steps=4", *eight), store)
+    for sets in (["optim.batch_size=8", "optim.gradient_accumulation=1"], ["strategy.name=ddp"]):
+        _, result = run(config(data_file, tmp_path, "optim.max_steps=4", *eight, *sets), store)
+        assert result.resumed_from == 4
+    for sets in (["optim.batch_size=2"], ["data.packing_window=3"], ["optim.max_steps=5"]):
+        with pytest.raises(UserError, match="another configuration"):
+            run(config(data_file, tmp_path, "optim.max_steps=4", *eight, *sets), store)

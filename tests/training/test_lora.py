@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qwen_ray import models
-from qwen_ray.config import MethodConfig, RunConfig
+from qwen_ray.config import MethodConfig
 from qwen_ray.errors import UserError
 from qwen_ray.training import lora
 
@@ -350,53 +350,3 @@ def test_the_head_is_adapted_only_by_name_and_untied(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / lora.WEIGHTS)
     assert len(tensors) == 10
     assert all("lora_" in key for key in tensors)  # not the whole head too, as PEFT would by default
-
-
-# ---------------------------------------------------------------- what goes together
-
-
-@pytest.mark.parametrize(
-    ("sets", "match"),
-    [
-        ({"method.init": "orthogonal", "method.r": 5}, "5 is odd"),
-        ({"method.name": "qlora", "strategy.name": "fsdp"}, "fsdp reads and shards"),
-        (
-            {"method.name": "qlora", "strategy.name": "deepspeed", "strategy.zero_stage": 3},
-            "ZeRO stage 3 reads and shards",
-        ),
-        ({"method.name": "qlora", "method.init": "pissa"}, "rounded a second time"),
-        ({"method.name": "qlora", "method.init": "olora"}, "rounded a second time"),
-        ({"method.init": "pissa", "strategy.name": "fsdp"}, "every rank would"),
-        (
-            {"method.init": "olora", "strategy.name": "deepspeed", "strategy.zero_stage": 3},
-            "every rank would",
-        ),
-    ],
-)
-def test_unsound_combinations_are_refused(sets: dict[str, Any], match: str) -> None:
-    with pytest.raises(UserError, match=match):
-        lora.check(_config(sets))
-
-
-@pytest.mark.parametrize(
-    "sets",
-    [
-        {"method.name": "full", "strategy.name": "fsdp", "method.init": "pissa"},
-        {"method.init": "orthogonal", "method.r": 6},
-        {"method.init": "pissa", "strategy.name": "deepspeed", "strategy.zero_stage": 2},
-        {"method.name": "qlora", "method.dora": True, "strategy.name": "ddp"},
-        {"method.name": "qlora", "strategy.name": "deepspeed", "strategy.zero_stage": 2},
-        {"method.dora": True, "strategy.name": "fsdp"},
-        {"method.name": "qlora", "strategy.name": "auto"},
-    ],
-)
-def test_sound_ones_pass(sets: dict[str, Any]) -> None:
-    lora.check(_config(sets))
-
-
-def _config(sets: dict[str, Any]) -> RunConfig:
-    config = RunConfig()
-    for key, value in sets.items():
-        section, name = key.split(".")
-        setattr(getattr(config, section), name, value)
-    return config

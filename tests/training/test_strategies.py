@@ -4,6 +4,7 @@ number of ranks left off."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwen_ray.config import RunConfig
+from qwen_ray.errors import UserError
 from tests.training.ranks import launch, run
 from tests.training.test_loop import config
 
@@ -35,7 +37,7 @@ def settings(data: Path, out: Path, method: str, packing: str, *sets: str) -> Ru
         "optim.max_steps=5",
         "checkpoint.every_steps=3",
         "method.dropout=0",
-        "evaluate.every_steps=5",
+        "evaluate.every_steps=3",  # with the checkpoint: a forward pass without a backward one comes first
         # Adam divides by the gradient's size: without this, entries whose gradient is rounding noise move
         # as far as any, and in another direction in each order of summation.
         "optim.eps=1e-4",
@@ -151,3 +153,37 @@ def test_another_number_of_ranks_goes_on(  # noqa: PLR0917
         _, expected = outcome(single / ("ddp-" + name.split("-", 1)[1]))
         worst = max(float((weights[key] - expected[key]).abs().max()) for key in expected)
         assert worst < 2e-5, (name, worst)
+
+
+def lacks_its_data(given: dict[str, Any], root: Path) -> None:
+    config = RunConfig.model_validate(given)
+    if os.environ["RANK"] == "1":
+        config.data.train = [str(root / "missing.jsonl")]
+    with pytest.raises(UserError, match="no such data file") as e:
+        run(config, root)
+    assert "missing.jsonl" in e.value.where
+
+
+def test_a_file_that_one_node_lacks_is_told_by_all(data: Path, tmp_path: Path) -> None:
+    """Else the others would wait for that rank until a timeout."""
+    launch(2, lacks_its_data, settings(data, tmp_path, "lora", "true").model_dump(mode="json"), tmp_path)
+
+
+def test_a_run_that_was_stopped_stays_stopped(data: Path, tmp_path: Path) -> None:
+    """Started again before its result was stored, it hands over what it had; it does not train on."""
+    stops = [
+        "optim.learning_rate=0.2",
+        "optim.warmup_steps=0",
+        "evaluate.suites=[tiny]",
+        "evaluate.suites_every_steps=3",
+        "evaluate.suites_limit=10",
+        "evaluate.on_forgetting=rollback",
+    ]
+    config = settings(data, tmp_path, "lora", "true", *stops)
+    _, first = run(config, tmp_path)
+    rows, again = run(config, tmp_path, handed="again")
+    assert first.stopped
+    assert (again.steps, again.step, again.stopped) == (first.steps, first.step, first.stopped)
+    assert rows == []
+    (one,), (other,) = ((tmp_path / name).glob("*.safetensors") for name in ("trained", "again"))
+    assert one.read_bytes() == other.read_bytes()

@@ -107,9 +107,25 @@ class DeepSpeed(Strategy):
 
     def snapshot(self) -> Write:
         def write(folder: Path) -> None:
-            self.engine.save_checkpoint(
-                str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=self._lora
-            )
+            failures: list[BaseException] = []
+            writer: Any = self.engine.checkpoint_engine
+            save = writer.save
+
+            def guarded(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    return save(*args, **kwargs)
+                except (OSError, RuntimeError) as e:  # torch.save: RuntimeError where a disk is full
+                    failures.append(e)
+
+            writer.save = guarded  # DeepSpeed has barriers after it, where the other ranks wait
+            try:
+                self.engine.save_checkpoint(
+                    str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=self._lora
+                )
+            finally:
+                del writer.save
+            if failures:
+                raise failures[0]
 
         return write
 
@@ -130,7 +146,7 @@ class DeepSpeed(Strategy):
         # Stage 3 loads a universal checkpoint with the first group's settings for all groups, and with one
         # step count that all share and each increments.
         for group, settings in zip(inner.param_groups, groups, strict=True):
-            group |= settings
+            group.update(settings)
         for state in inner.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()

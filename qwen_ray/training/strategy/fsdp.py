@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qwen_ray.config import RunConfig
+from qwen_ray.errors import UserError
 from qwen_ray.training import shards
 from qwen_ray.training.base import load_layerwise
 from qwen_ray.training.precision import Precision
@@ -42,6 +43,12 @@ class Fsdp(Strategy):
 
         if not self.distributed:
             raise RuntimeError("fsdp needs a process group")
+        if numbers.scales_loss:
+            raise UserError(
+                "fsdp has no loss scaling, and float16 gradients underflow without it",
+                where="precision",
+                fix="precision=bf16 where the GPU has it, else ddp or deepspeed",
+            )
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         self._settings: dict[str, Any] = {
             "mesh": mesh,
@@ -84,6 +91,7 @@ class Fsdp(Strategy):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def weights(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        self._reshard_all()
         every = dict(self.module.named_parameters())
         whole: dict[str, torch.Tensor] = {}
         for name in trained(self.module) if names is None else names:
@@ -94,8 +102,19 @@ class Fsdp(Strategy):
         return whole
 
     def snapshot(self) -> Write:
+        self._reshard_all()
         return shards.snapshot(trained(self.module), self.optimizer, rank=self.rank)
 
     def restore(self, folder: Path) -> None:
+        self._reshard_all()
         shards.restore(trained(self.module), self.optimizer, folder)
         dist.barrier()
+
+    def _reshard_all(self) -> None:
+        """Let every module's parameters be its shards: after a forward pass without a backward one the
+        outermost module, and with reshard_after_forward off each layer, still shows gathered copies."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -1,0 +1,71 @@
+"""Combinations that would not train what they say are refused with a reason; the others pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qwen_ray import combinations
+from qwen_ray.config import RunConfig
+from qwen_ray.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("sets", "match"),
+    [
+        ({"method.init": "orthogonal", "method.r": 5}, "5 is odd"),
+        ({"method.name": "qlora", "strategy.name": "fsdp"}, "fsdp reads and shards"),
+        (
+            {"method.name": "qlora", "strategy.name": "deepspeed", "strategy.zero_stage": 3},
+            "ZeRO stage 3 reads and shards",
+        ),
+        ({"method.name": "full", "optim.name": "adamw_8bit", "strategy.name": "fsdp"}, "holds shards"),
+        ({"precision": "fp16", "strategy.name": "fsdp"}, "no loss scaling"),
+        ({"precision": "pure_bf16", "strategy.name": "deepspeed"}, "float32 master"),
+        ({"strategy.name": "deepspeed", "strategy.offload_parameters": "cpu"}, "none to offload"),
+        ({"strategy.name": "deepspeed", "strategy.offload_optimizer": "nvme"}, "needs a folder"),
+        (
+            {
+                "strategy.name": "deepspeed",
+                "strategy.offload_optimizer": "cpu",
+                "optim.name": "adamw_8bit",
+            },
+            "steps on the host",
+        ),
+        ({"method.name": "qlora", "method.init": "pissa"}, "rounded a second time"),
+        ({"method.name": "qlora", "method.init": "olora"}, "rounded a second time"),
+        ({"method.init": "pissa", "strategy.name": "fsdp"}, "every rank would"),
+        (
+            {"method.init": "olora", "strategy.name": "deepspeed", "strategy.zero_stage": 3},
+            "every rank would",
+        ),
+    ],
+)
+def test_unsound_combinations_are_refused(sets: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        combinations.check(_config(sets))
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        {"method.name": "full", "strategy.name": "fsdp", "method.init": "pissa"},
+        {"method.init": "orthogonal", "method.r": 6},
+        {"method.init": "pissa", "strategy.name": "deepspeed", "strategy.zero_stage": 2},
+        {"method.name": "qlora", "method.dora": True, "strategy.name": "ddp"},
+        {"method.name": "qlora", "strategy.name": "deepspeed", "strategy.zero_stage": 2},
+        {"method.dora": True, "strategy.name": "fsdp"},
+        {"method.name": "qlora", "strategy.name": "auto"},
+    ],
+)
+def test_sound_ones_pass(sets: dict[str, Any]) -> None:
+    combinations.check(_config(sets))
+
+
+def _config(sets: dict[str, Any]) -> RunConfig:
+    config = RunConfig()
+    for key, value in sets.items():
+        *section, name = key.split(".")
+        setattr(getattr(config, section[0]) if section else config, name, value)
+    return config
