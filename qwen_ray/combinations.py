@@ -99,6 +99,13 @@ def _adapter(config: RunConfig) -> Iterator[UserError]:
             where="strategy.name" if strategy.name == "fsdp" else "strategy.zero_stage",
             fix="ddp, or deepspeed with zero_stage 1 or 2: a 4-bit base is small (14B: 10 GB)",
         )
+    if strategy.name == "deepspeed" and strategy.zero_stage == 3 and "lm_head" in method.targets:
+        yield UserError(
+            "stage 3 gathers the output head anew for each chunk of the loss, and ranks have different "
+            "numbers of chunks",
+            where="method.targets",
+            fix="leave lm_head out, or strategy ddp, fsdp or deepspeed with zero_stage 1 or 2",
+        )
     if method.init in CHANGES_BASE and shards:
         yield UserError(
             f"{method.init} factorises each whole weight; where weights are shards, every rank would "

@@ -33,6 +33,14 @@ from qwen_ray.errors import UserError
             },
             "steps on the host",
         ),
+        (
+            {
+                "strategy.name": "deepspeed",
+                "strategy.zero_stage": 3,
+                "method.targets": ["lm_head", "q_proj"],
+            },
+            "for each chunk",
+        ),
         ({"method.name": "qlora", "method.init": "pissa"}, "rounded a second time"),
         ({"method.name": "qlora", "method.init": "olora"}, "rounded a second time"),
         ({"method.init": "pissa", "strategy.name": "fsdp"}, "every rank would"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 from qwen_ray.combinations import unsound
@@ -134,7 +135,8 @@ def choose_strategy(
     """What ``strategy.name: auto`` means on ``gpus`` GPUs of ``gpu_memory`` bytes each, and why.
 
     The batch size is the configuration's. When nothing is predicted to fit, what needs least is returned and
-    the reason says so. Without GPUs, and for models the planner does not know, it is ddp.
+    the reason says so. Without GPUs, and for models the planner does not know, it is ddp. DeepSpeed is taken
+    where it is installed, or where nothing else fits.
     """
     named = config.strategy
     if named.name != "auto":
@@ -152,6 +154,9 @@ def choose_strategy(
     hardware = Hardware(nearest(gpu_memory), gpus // nodes, nodes)
     made = plan(config, hardware, 1e6, shape=shape, keep_batch=True, advise=False)
     layout = made.nearest
+    if layout.config.strategy.name == "deepspeed" and find_spec("deepspeed") is None:
+        others = [x for x in made.tried if x.config.strategy.name != "deepspeed"]
+        layout = _cheapest(others) or layout  # if none fits, the error says what to install
     size = f"{layout.memory.total / 1e9:.1f} of {gpu_memory / 1e9:.1f} GB a GPU predicted"
     reason = f"{layout.strategy}"
     if layout.config.compute.activation_checkpointing and not config.compute.activation_checkpointing:

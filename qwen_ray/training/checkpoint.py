@@ -55,7 +55,6 @@ class CheckpointStore:
         self._pending: threading.Thread | None = None
         self._staging: Path | None = None  # of the save under way
         self._failure: str | None = None  # this rank's, of the save under way
-        self._failed: str | None = None  # some rank's, of a save that has ended
         self._abandoned = threading.Event()
         self.start: str = ranks.gather(uuid.uuid4().hex[:8])[0]
         """Of this start of the ranks. Staging folders are named by it: a killed start's still hold notes."""
@@ -117,10 +116,10 @@ class CheckpointStore:
     def save(self, step: int, write: Write, manifest: dict[str, Any]) -> str | None:
         """Store what the ranks' ``write`` put into an empty folder; called on every rank.
 
-        Asynchronous: returns at once and writes meanwhile. A failure leaves the older checkpoints as they
-        are. Returns what is known to have failed: this save, or if asynchronous the one before.
+        Asynchronous: returns None at once, writes meanwhile, and :meth:`settle` tells of a failure. Else
+        returns the failure, if any. Either way it leaves the older checkpoints as they are.
         """
-        before = self.settle()
+        self.settle()
         staging = self._staging = self.root / f".step-{step:08d}-{self.start}"
         own = staging / f"part-{self._ranks.rank:05d}"
         self._abandoned.clear()
@@ -153,10 +152,7 @@ class CheckpointStore:
                 guard(write_own)
         self._pending = threading.Thread(target=commit, name=f"checkpoint-{step}", daemon=True)
         self._pending.start()
-        if self._asynchronous:
-            return before
-        self._failed = self.settle()
-        return self._failed
+        return None if self._asynchronous else self.settle()
 
     def _commit(self, staging: Path, step: int, manifest: dict[str, Any]) -> None:
         files: dict[str, Any] = {}
@@ -186,10 +182,9 @@ class CheckpointStore:
                     raise OSError("another rank could not write its part") from None
 
     def settle(self) -> str | None:
-        """Wait for the last :meth:`save` to end on all ranks. Returns the first rank's failure, or None."""
+        """Wait for an asynchronous :meth:`save` to end on all ranks; the first rank's failure, or None."""
         if self._pending is None:
-            failed, self._failed = self._failed, None
-            return failed
+            return None
         if self._ranks.rank > 0:
             self._pending.join()
         # Rank 0 may be waiting for the note of a rank that cannot write one.

@@ -145,7 +145,8 @@ def _open_run(out: Path, config: RunConfig) -> dict[str, Any]:
                 where=str(out / CONFIG),
                 fix="choose another --out, or remove the folder to start over",
             )
-        return dict(read_json(out / RUN))
+        write_text(out / CONFIG, config.to_yaml())  # what decides nothing may have changed
+        return {key: value for key, value in read_json(out / RUN).items() if key != "error"}
     write_text(out / CONFIG, config.to_yaml())
     run = {"id": uuid.uuid4().hex[:12], "state": "new", "version": __version__, "result": None}
     write_json(out / RUN, run)
@@ -294,7 +295,8 @@ def _gpus_a_worker(config: RunConfig, fewest: int) -> float:
 
 def _resolve_strategy(config: RunConfig, gpus: float) -> RunConfig:
     """``strategy.name: auto`` asks the planner, which asks the cluster what its GPUs are."""
-    memory = _gpu_memory(gpus) if gpus and config.strategy.name == "auto" else 0
+    asks = gpus and config.strategy.name == "auto"
+    memory = _gpu_memory(gpus, config.cluster.start_seconds) if asks else 0
     chosen, compute, reason = choose_strategy(config, int(gpus * config.cluster.workers), memory)
     log.info("strategy %s", reason)
     resolved = config.model_copy(update={"strategy": chosen, "compute": compute})
@@ -302,7 +304,7 @@ def _resolve_strategy(config: RunConfig, gpus: float) -> RunConfig:
     return resolved
 
 
-def _gpu_memory(gpus: float) -> int:
+def _gpu_memory(gpus: float, seconds: float) -> int:
     """Bytes of a worker's GPU, asked where one is: the driver's node need not have any."""
     import ray
 
@@ -312,7 +314,14 @@ def _gpu_memory(gpus: float) -> int:
 
         return int(torch.cuda.get_device_properties(0).total_memory)
 
-    return int(ray.get(ask.remote()))
+    asked = ask.remote()
+    try:
+        return int(ray.get(asked, timeout=seconds))
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(asked)
+        raise RuntimeError(
+            f"no GPU became free within {seconds:g} s (cluster.start_seconds); see `ray status`"
+        ) from None
 
 
 def _check_room(resources: dict[str, float], workers: int) -> None:

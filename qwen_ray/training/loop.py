@@ -85,7 +85,11 @@ class Run:
     monitor: ForgettingMonitor
     base: str
     """Fingerprint of the weights that training starts from."""
+    clock: float = 0.0
+    """When the step under way began; data that was waited for counts."""
     failed_saves: int = 0
+    unsaved: str | None = None
+    """Why the newest checkpoint could not be written, as far as is known."""
 
     @property
     def rows_a_step(self) -> int:
@@ -134,7 +138,7 @@ def train(
     rows = optim.max_steps * run.rows_a_step if optim.max_steps else None
     total = max(1, -(-stream.plan(rows=rows, passes=optim.epochs) // run.rows_a_step))
     first = restore(run, *found) if found else 0
-    stopped: str | None = found[1]["stopped"] if found else None
+    stopped: str | None = found[1].get("stopped") if found else None
     rolls_back = bool(config.evaluate.suites) and config.evaluate.on_forgetting == "rollback"
     if config.evaluate.suites and not run.monitor.started:
         log.info("%s", run.monitor.update(first, *evaluate_suites(run)).message)
@@ -145,7 +149,7 @@ def train(
     steps = run.feed.steps(stream, rows=run.rows_a_step, count=0 if stopped else total - first)
     with contextlib.ExitStack() as stack:
         trace = stack.enter_context(_trace(config, strategy.rank)) if config.tracking.examples else None
-        step = first
+        step, run.clock = first, time.perf_counter()
         for step, data in enumerate(steps, start=first + 1):
             metrics = take_step(run, step, total, data, notice)
             if trace:
@@ -165,7 +169,8 @@ def train(
                 save(run, store, step, data.state, stopped)
             if done:
                 break
-    if failure := store.settle():
+            run.clock = time.perf_counter()
+    if failure := store.settle() or run.unsaved:
         raise RuntimeError(f"the last checkpoint was not written: {failure}")
     kept = roll_back(run, store) if rolls_back and stopped else step
     if artifact is not None:
@@ -201,17 +206,16 @@ class Notice:
 def take_step(run: Run, step: int, total: int, data: Step, notice: Notice) -> dict[str, Any]:
     """Step number ``step`` (from 1) and its metrics. Sets ``notice.due``."""
     config, strategy = run.config, run.strategy
-    started = time.perf_counter()
     rate = learning_rate(step - 1, total, config.optim)
     torch.manual_seed(int(sha256_json([config.seed, step - 1, strategy.rank])[:15], 16))
     loss_sum, norm = train_step(run, data, rate)
-    wanted = loss_sum.new_tensor(notice.wanted and strategy.rank == 0)
+    wanted = loss_sum.new_full((), float(notice.wanted and strategy.rank == 0))
     sums = strategy.sum(torch.stack([loss_sum, wanted])).tolist()  # the step's one wait for the device
     mean, notice.due = sums[0] / data.supervised, sums[1] > 0
     if not math.isfinite(mean):
         raise FloatingPointError(f"the loss is {mean} at step {step}; lower optim.learning_rate")
     rates = run.meter.step(
-        time.perf_counter() - started,
+        time.perf_counter() - run.clock,
         padded=data.padded,
         tokens=data.tokens,
         supervised=data.supervised,
@@ -244,7 +248,9 @@ def save(
 ) -> None:
     """Write a checkpoint; a failure costs only it, until too many have failed in a row."""
     store.protected = {run.monitor.best_step} if run.monitor.started else set()
-    failure = store.save(step, snapshot(run), {**manifest(run, data_state), "stopped": stopped})
+    before = store.settle()  # first, so that no two copies of the state are in memory
+    run.unsaved = store.save(step, snapshot(run), {**manifest(run, data_state), "stopped": stopped})
+    failure = run.unsaved or before
     run.failed_saves = run.failed_saves + 1 if failure else 0
     if run.failed_saves >= MAX_FAILED_SAVES:
         raise RuntimeError(f"{run.failed_saves} checkpoints in a row were not written: {failure}")
@@ -442,12 +448,13 @@ def _check_fits(run: Run, folder: Path, found: dict[str, Any]) -> None:
             where=str(folder),
             fix="repeat the command it was started with, or train into a new --out folder",
         )
+    was = found["config"]["strategy"]
     if found["state"] != run.strategy.format:
         raise UserError(
             f"this checkpoint's state is of format '{found['state']}', which the strategy "
             f"'{run.strategy.name}' ({run.strategy.format}) cannot read",
             where=str(folder),
-            fix=f"--set strategy.name={found['config']['strategy']['name']}, or a new --out folder",
+            fix=f"strategy.name={was['name']} and strategy.zero_stage={was['zero_stage']}, or a new --out",
         )
 
 
@@ -455,8 +462,7 @@ def roll_back(run: Run, store: CheckpointStore) -> int:
     """Put the weights back to the best step that forgot nothing; returns that step."""
     best = run.monitor.best_step
     log.warning("going back to step %d, the best that forgot nothing", best)
-    agreed(run.strategy, lambda: checkpoint.verify(store.folder(best)))
-    run.strategy.restore(store.folder(best) / "state")
+    run.strategy.restore(store.check(best) / "state")
     return best
 
 

@@ -115,8 +115,8 @@ def test_a_disk_that_is_full_costs_no_older_checkpoint(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-        store.save(2, lambda folder: (folder / "x").write_bytes(b"x" * 100_000), {})
-        failure = store.settle()
+        told = store.save(2, lambda folder: (folder / "x").write_bytes(b"x" * 100_000), {})
+        failure = told or store.settle()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
@@ -142,8 +142,7 @@ def _one_rank_cannot_write(root: Path, asynchronous: bool) -> None:
     told: list[Any] = []
     for step in (1, 2, 3):
         broken = step == 2
-        store.save(step, write, {})
-        told.append(store.settle())
+        told.append(store.save(step, write, {}) or store.settle())
     assert told[0] is None
     assert told[2] is None
     assert told[1] == "rank 1: OSError: [Errno 28] No space left on device"  # on both ranks

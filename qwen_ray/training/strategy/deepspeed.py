@@ -56,8 +56,10 @@ class DeepSpeed(Strategy):
             from transformers.integrations import HfDeepSpeedConfig
 
             # While this object lives, from_pretrained reads into shards.
-            self._sharded_loading = HfDeepSpeedConfig(self._config)
-        return load_base(ref, config, numbers, self.device, adapter)
+            self._sharded_loading: Any = HfDeepSpeedConfig(self._config)
+        model = load_base(ref, config, numbers, self.device, adapter)
+        self._sharded_loading = None
+        return model
 
     def join(self, module: nn.Module, make_optimizer: MakeOptimizer, config: RunConfig) -> None:
         deepspeed = _deepspeed()
@@ -73,6 +75,8 @@ class DeepSpeed(Strategy):
             dist_init_required=False,
         )
         self.module = self.engine
+        # A script for reading the shards, which it would put into each checkpoint from rank 0, unguarded.
+        self.engine._copy_recovery_script = lambda *_: None
 
     def backward(self, loss: torch.Tensor) -> None:
         # The loss is a share of the global sum already; DeepSpeed need not divide by the micro-batches.
@@ -83,7 +87,8 @@ class DeepSpeed(Strategy):
     def step(self, rate: float, max_norm: float) -> torch.Tensor:
         self._set_rate(rate)
         self.engine.step()
-        return torch.as_tensor(self.engine.get_global_grad_norm() or 0.0)
+        norm = self.engine.get_global_grad_norm()
+        return torch.as_tensor(0.0 if norm is None else norm)
 
     @property
     def applied(self) -> bool:
