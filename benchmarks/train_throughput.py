@@ -4,13 +4,13 @@ All sides train the same models on the same records, tokenised alike with the sa
 the same length, in float32 on two threads, with the same AdamW (fused, clipping, constant rate), the same
 LoRA, and about the same number of tokens a step. For each side, several settings are tried first (rows or
 records a batch, packing, padding-free, batches of similar length, attention implementations), in a process
-of its own, and the fastest that computes the right loss is measured.
+of its own, and the fastest is measured.
 
 Measured are steady steps: each side is a fresh process that has trained some steps; the sides then
 take turns of a few steps each, A B C, C B A, ..., so that a change of the machine's speed meets them all.
 Tokens are counted from what enters the model. Set-up, tokenising and packing are not timed. A side's memory
-is the highest resident set of its training process, also above what it had when everything was imported and
-no model loaded.
+is the highest resident set of its process while it trains, also above what it had when everything was
+imported and no model loaded.
 
 Before training, the mean loss of the same records must agree between all sides to 1e-4.
 
@@ -181,7 +181,8 @@ class Turns:
         self._start = self._cpu = 0.0
 
     def checked(self, loss: float) -> None:
-        """The loss of the checked records before the first step."""
+        """The loss of the checked records before the first step; from here on, memory counts."""
+        Path("/proc/self/clear_refs").write_text("5")  # the highest resident set so far is forgotten
         self._parent.send({"check": loss})
 
     def count(self, tokens: int, supervised: int, computed: int) -> None:
@@ -324,14 +325,15 @@ def ours(task: Task, setting: Setting, turns: Turns) -> None:
             "out": str(out),
         }
     )
-    some = examples(task)[:CHECKED]
 
     class Watched(Ddp):
         def join(self, module: nn.Module, *args: Any) -> None:
             super().join(module, *args)
-            batch = collate(pack(some, max_length=LENGTH, packing=True), 0)
+            rows = pack(examples(task)[:CHECKED], max_length=LENGTH, packing=setting.packing)
+            groups = [rows[i : i + setting.batch] for i in range(0, len(rows), setting.batch)]
             with torch.no_grad():
-                turns.checked(float(self.module(batch)) / batch.supervised)
+                nats = sum(float(self.module(collate(group, 0))) for group in groups)
+            turns.checked(nats / sum(row.supervised for row in rows))
             self.module.register_forward_pre_hook(
                 lambda _, args: turns.count(args[0].tokens, args[0].supervised, args[0].input_ids.numel())
             )
@@ -362,7 +364,6 @@ def hugging(task: Task, setting: Setting, turns: Turns) -> None:
     if task.method == "lora":
         lora = LoraConfig(**LORA, target_modules="all-linear", task_type="CAUSAL_LM")
     rows = [{"input_ids": e.ids, "labels": e.labels} for e in examples(task)]
-    random.Random(SEED).shuffle(rows)
     common: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(dir=task.folder),
         "per_device_train_batch_size": setting.batch,
@@ -403,7 +404,7 @@ def hugging(task: Task, setting: Setting, turns: Turns) -> None:
         return Watched
 
     losses: list[float] = []
-    features = rows_checked = [{"input_ids": e.ids, "labels": e.labels} for e in examples(task)[:CHECKED]]
+    features = rows[:CHECKED]
     if trl:
         config = trl.SFTConfig(
             **common,
@@ -421,7 +422,7 @@ def hugging(task: Task, setting: Setting, turns: Turns) -> None:
             callbacks=[Watching()],
         )
         if setting.packing:
-            features = list(trl.pack_dataset(Dataset.from_list(rows_checked), LENGTH, "bfd"))
+            features = list(trl.pack_dataset(Dataset.from_list(features), LENGTH, "bfd"))
     else:
         trainer = watched(transformers.Trainer)(
             get_peft_model(model, lora) if lora else model,
@@ -435,18 +436,18 @@ def hugging(task: Task, setting: Setting, turns: Turns) -> None:
 
             trainer.add_callback(RayTrainReportCallback())
             trainer = prepare_trainer(trainer)
-    turns.checked(loss_before(trainer, features))
+    turns.checked(loss_before(trainer, features, setting.batch))
     trainer.train()
 
 
-def loss_before(trainer: Any, features: list[dict[str, Any]]) -> float:
-    """Mean loss of the checked records, a few at a time, as the trainer computes it."""
+def loss_before(trainer: Any, features: list[dict[str, Any]], size: int) -> float:
+    """Mean loss of the checked records, ``size`` at a time, as the trainer computes it."""
     import torch
 
     total, count = 0.0, 0
     model = trainer.model.eval()
-    for i in range(0, len(features), 4):
-        batch = trainer.data_collator(features[i : i + 4])
+    for i in range(0, len(features), size):
+        batch = trainer.data_collator(features[i : i + size])
         supervised = int((batch["labels"][:, 1:] != -100).sum())
         with torch.no_grad():
             total += float(trainer.compute_loss(model, dict(batch))) * supervised
@@ -708,7 +709,7 @@ def run_model(
     tried: dict[str, Any] = {}
     for side in compared[:3]:
         choice = settings(side, TOKENS_A_STEP[model])[: 2 if args.quick else None]
-        steps = (1, 1) if large or args.quick else (2, 6)
+        steps = (1, 1) if large or args.quick else (1, 4)
         best[side], tried[side] = try_settings(task(side, "full", choice, *steps, ray=False))
     best["ours_ray"] = best["ours"]
     cases: dict[str, Any] = {}

@@ -187,6 +187,14 @@ def test_choose_strategy() -> None:
     assert choose_strategy(_config("tiny"), 1, 24 * 10**9)[0].name == "ddp"
 
 
+def test_choose_strategy_does_without_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = _config("7b", optim={"batch_size": 1}, cluster={"workers": 16})
+    assert choose_strategy(many, 16, _80GB)[0].name == "deepspeed"
+    monkeypatch.setattr("qwen_ray.planner.plan.find_spec", lambda name: None)
+    assert choose_strategy(many, 16, _80GB)[0].name == "fsdp"
+    assert choose_strategy(_config("7b"), 1, _80GB)[0].name == "deepspeed"  # nothing else fits
+
+
 def test_choose_strategy_keeps_the_batch() -> None:
     big = _config("7b", "lora", optim={"batch_size": 4})
     strategy, compute, _ = choose_strategy(big, 1, _80GB)
