@@ -42,12 +42,11 @@ def main() -> None:
         for workers in (1,) if arguments.quick else (1, 2):
             for run in range(runs + 1):  # the first fills the page cache
                 out = Path(folder) / f"run-{workers}-{run}"
-                pair = {
-                    "bare": lambda: _bare(data, workers, environment),
-                    "ours": lambda: _ours(data, workers, out, environment),
-                }
                 for side in ("bare", "ours") if run % 2 else ("ours", "bare"):
-                    took = pair[side]()
+                    if side == "bare":
+                        took = _bare(data, workers, environment)
+                    else:
+                        took = _ours(data, workers, out, environment)
                     if run:
                         seconds.setdefault(f"{side}, {workers} workers", []).append(took)
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -251,7 +251,9 @@ class _HeadLoss(torch.autograd.Function):
             loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
             grad_hidden = torch.empty_like(states) if want_hidden else None
             # In the weight's own format, like any gradient: float32 for float32 master weights.
-            grad_weight = torch.zeros_like(weight) if want_weight else None
+            fresh = weight.dtype == dtype and len(targets) > 0  # the first product fills it
+            make = torch.empty_like if fresh else torch.zeros_like
+            grad_weight = make(weight) if want_weight else None
             grad_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
             # One buffer for all chunks: on a CPU, fresh pages cost more than what is computed in them.
             buffer = (
@@ -268,7 +270,7 @@ class _HeadLoss(torch.autograd.Function):
                     torch.mm(grad, matrix, out=grad_hidden[span])
                 if grad_weight is not None:
                     if grad_weight.dtype == dtype:
-                        grad_weight.addmm_(grad.t(), part)
+                        grad_weight.addmm_(grad.t(), part, beta=1 if start else 0)
                     else:
                         grad_weight += grad.t() @ part
                 if grad_bias is not None:
