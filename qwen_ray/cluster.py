@@ -31,20 +31,26 @@ def started_here() -> bool:
     return _started_here
 
 
+def prepare(address: str | None = None) -> str:
+    """Set what Ray reads when it is imported; returns the address that :func:`connect` will join."""
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if "ray" not in sys.modules and (address == "local" or _has_token()):
+        # A new local cluster has a token anyway; `ray start` asks for one if it finds one, but a client
+        # that joins does not send it unless told.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    return address
+
+
 def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     """Join the cluster at ``address`` (or $RAY_ADDRESS), else start one on this machine.
 
     ``num_cpus`` is the number of logical CPUs of a cluster started here: Ray lends none, so a run that
     trains and serves at once needs one for each worker and replica. Does nothing if already connected.
     """
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = prepare(address)
     local = address == "local"
-    if "ray" not in sys.modules and (local or _has_token()):
-        # Read when Ray is imported. A new local cluster has a token anyway; `ray start` asks for one if it
-        # finds one, but a client that joins does not send it unless told.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():

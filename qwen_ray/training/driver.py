@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import logging
 import math
 import os
@@ -203,7 +204,12 @@ def _run_on_ray(config: RunConfig, out: Path, run_id: str, progress: Progress | 
     # How long Ray Train waits for room before it tries again, with fewer workers where it may.
     patience = min(config.cluster.start_seconds, _PATIENCE if fewest == workers else _ELASTIC_PATIENCE)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
+    cluster.prepare(config.cluster.address)
+    # Seconds of importing, while the cluster starts.
+    imports = threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True)
+    imports.start()
     cluster.connect(config.cluster.address, num_cpus=int(workers * config.cluster.cpus_per_worker) + 1)
+    imports.join()
     from ray.train import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -7,7 +7,7 @@ import pytest
 from tests.cluster.nodes import Cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Three nodes: a head without CPUs and two of one CPU each. A test that takes one brings another."""
     made = Cluster(tmp_path_factory.mktemp("home"))

@@ -84,11 +84,6 @@ class Strategy(ABC):
         """Clip to the global norm ``max_norm``, update the weights at learning rate ``rate``, clear the
         gradients. Returns the norm before clipping, still on the device."""
 
-    @property
-    def applied(self) -> bool:
-        """Whether the last step changed the weights: loss scaling skips a step whose gradients overflow."""
-        return True
-
     @abstractmethod
     def weights(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """Whole parameters on the CPU of rank 0, elsewhere an empty dict; called on every rank.

@@ -48,7 +48,6 @@ class Ddp(Strategy):
             )
         scales = choose(config.precision, self.device).scales_loss
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
-        self._applied = True
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
         if last or not isinstance(self.module, DistributedDataParallel):
@@ -63,15 +62,9 @@ class Ddp(Strategy):
         self._scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(trained(self._plain).values(), max_norm)
         self._scaler.step(self.optimizer)
-        scale = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0
         self._scaler.update()
-        self._applied = not self._scaler.is_enabled() or self._scaler.get_scale() >= scale
         self.optimizer.zero_grad(set_to_none=True)
         return norm
-
-    @property
-    def applied(self) -> bool:
-        return self._applied
 
     def weights(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         if self.rank > 0:

@@ -90,10 +90,6 @@ class DeepSpeed(Strategy):
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(0.0 if norm is None else norm)
 
-    @property
-    def applied(self) -> bool:
-        return bool(self.engine.was_step_applied())
-
     def weights(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
