@@ -1,4 +1,4 @@
-"""The verbs. Each parses its options, calls one function and prints what came back.
+"""The command line: which verbs there are and what they take. What they do is in verbs.py.
 
 Results go to stdout, everything else to stderr; with ``--json`` stdout holds one JSON document.
 Exit codes: 0 done, 1 failed while running, 2 bad input, 3 a gate said no, 130 interrupted.
@@ -7,42 +7,22 @@ Exit codes: 0 done, 1 failed while running, 2 bad input, 3 a gate said no, 130 i
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from qwen_ray import __version__
+from qwen_ray import verbs as run
 from qwen_ray.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
-    EXIT_GATE_SAID_NO,
     EXIT_INTERRUPTED,
-    EXIT_OK,
     UserError,
 )
-
-Verb = Callable[[argparse.Namespace, "Output"], int]
-
-
-class Output:
-    """The one writer to stdout."""
-
-    def __init__(self, stream: TextIO, *, as_json: bool) -> None:
-        self._stream, self.as_json = stream, as_json
-
-    def result(self, value: Any, text: str) -> None:
-        """Print ``value`` as JSON under ``--json``, else ``text``."""
-        print(json.dumps(value, indent=2) if self.as_json else text, file=self._stream, flush=True)
-
-    def note(self, text: str) -> None:
-        """Progress, to stderr."""
-        print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -60,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         os.environ.setdefault("TQDM_DISABLE", "1")
     code = EXIT_FAILED
     try:
-        code = args.verb(args, Output(stdout, as_json=args.json))
+        code = args.verb(args, run.Output(stdout, as_json=args.json))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = EXIT_BAD_INPUT
@@ -88,289 +68,6 @@ def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-# ---------------------------------------------------------------- verbs
-
-
-def _demo(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.demo import run_demo, summary
-
-    comparison = run_demo(Path(args.out), note=output.note)
-    output.result(comparison, summary(comparison, Path(args.out)))
-    return EXIT_OK if comparison["verdict"] == "promote" else EXIT_GATE_SAID_NO
-
-
-def _data_prepare(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.data.prepare import prepare
-
-    report = prepare(args.domain, _pairs(args.source, "--source"), args.size, Path(args.out), seed=args.seed)
-    output.result(report.to_dict(), str(report))
-    return EXIT_OK
-
-
-def _data_sources(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.data.sources import SOURCES
-
-    rows = [
-        {
-            "name": s.name,
-            "title": s.title,
-            "license": s.licence,
-            "domain": s.domain_hint,
-            "where_to_get": s.where_to_get,
-        }
-        for s in SOURCES.values()
-    ]
-    text = "\n".join(f"{r['name']}: {r['title']} ({r['license']})\n    {r['where_to_get']}" for r in rows)
-    output.result(rows, text)
-    return EXIT_OK
-
-
-def _train(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.config import build_config
-
-    flags = {
-        "model.name": args.model,
-        "method.name": args.method,
-        "data.train": args.data,
-        "cluster.workers": args.workers,
-        "optim.max_steps": args.steps,
-        "seed": args.seed,
-        "out": args.out,
-    }
-    config = build_config(
-        Path(args.config) if args.config else None,
-        flags={key: value for key, value in flags.items() if value is not None},
-        sets=args.set,
-    )
-    if args.dry_run:
-        output.result(config.model_dump(mode="json"), config.to_yaml().rstrip())
-        return EXIT_OK
-    from qwen_ray.training.driver import ProgressBar, run_training
-
-    bar = ProgressBar()
-    try:
-        run = run_training(config, progress=bar)
-    finally:
-        bar.close()
-    value = {
-        "out": str(run.out),
-        "artifact": str(run.artifact),
-        "steps": run.steps,
-        "loss": run.loss,
-        "eval_loss": run.eval_loss,
-        "resumed_from": run.resumed_from,
-        "stopped": run.stopped,
-    }
-    if run.stopped:
-        output.note(f"stopped early: {run.stopped}")
-    held_out = "" if run.eval_loss is None else f", held-out {run.eval_loss:.4f}"
-    output.result(value, f"{run.steps} steps, loss {run.loss:.4f}{held_out}\n{run.artifact}")
-    return EXIT_OK
-
-
-def _plan(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.config import build_config
-    from qwen_ray.planner.hardware import hardware
-    from qwen_ray.planner.plan import plan
-    from qwen_ray.planner.text import count_tokens, plan_text
-
-    flags = {
-        "model.name": args.model,
-        "method.name": args.method,
-        "strategy.name": args.strategy,
-        "data.max_length": args.sequence_length,
-        "optim.epochs": args.epochs,
-    }
-    config = build_config(
-        Path(args.config) if args.config else None,
-        flags={key: value for key, value in flags.items() if value is not None},
-        sets=args.set,
-    )
-    machine = hardware(args.gpu, gpus_per_node=args.gpus, nodes=args.nodes, price=args.price)
-    tokens = args.tokens
-    files = [Path(file) for file in args.data or config.data.train]
-    if tokens is None and files:
-        tokens = count_tokens(files, config.model.name, max_length=config.data.max_length)
-    result = plan(config, machine, tokens or 0.0)
-    output.result(result.to_dict(every=args.all), plan_text(result, every=args.all))
-    return EXIT_OK if result.fits else EXIT_GATE_SAID_NO
-
-
-def _merge(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.training.merge import merge
-
-    weights = args.weight or [1.0] * len(args.adapter)
-    if len(weights) != len(args.adapter):
-        raise UserError(
-            f"{len(args.adapter)} adapters and {len(weights)} weights", where="--weight", fix="one for each"
-        )
-    adapters = [(Path(folder), weight) for folder, weight in zip(args.adapter, weights, strict=True)]
-    out = merge(args.model, adapters, Path(args.out), dtype=args.dtype)
-    output.result({"out": str(out)}, str(out))
-    return EXIT_OK
-
-
-def _eval(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.evaluation.report_text import result_table
-    from qwen_ray.evaluation.run import evaluate_endpoint, evaluate_local
-
-    result: dict[str, Any]
-    settings: dict[str, Any] = {
-        "data_dir": Path(args.data_dir) if args.data_dir else None,
-        "limit": args.limit,
-        "num_fewshot": args.fewshot,
-    }
-    if args.endpoint:
-        if args.adapter:
-            raise UserError(
-                "--adapter is a folder; an endpoint knows adapters by name", fix="--model BASE:NAME"
-            )
-        result = evaluate_endpoint(args.endpoint, args.model, args.suite, out=Path(args.out), **settings)
-    else:
-        adapter = Path(args.adapter) if args.adapter else None
-        result = evaluate_local(args.model, adapter, args.suite, out=Path(args.out), **settings)
-    shown = {key: value for key, value in result.items() if key != "items"}
-    output.result(shown, result_table(result))
-    return EXIT_OK
-
-
-def _compare(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.evaluation.compare import Gate, compare
-    from qwen_ray.evaluation.harness import read_result
-    from qwen_ray.evaluation.report_text import comparison_table
-    from qwen_ray.fsio import write_json
-
-    gate = Gate(min_gain=args.min_gain / 100, tolerance=args.tolerance / 100)
-    targets = args.targets.split(",") if args.targets else None
-    comparison = compare(
-        read_result(Path(args.baseline)), read_result(Path(args.candidate)), gate, targets=targets
-    )
-    if args.out:
-        write_json(Path(args.out), comparison)
-    output.result(comparison, comparison_table(comparison))
-    return EXIT_OK if comparison["verdict"] == "promote" else EXIT_GATE_SAID_NO
-
-
-def _serve(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray import cluster
-    from qwen_ray.serving import launch
-
-    registry = Path(args.registry) if args.registry else None
-    launch.free_port(args.host, args.port)  # before a cluster is started for nothing
-    cluster.connect(args.address, num_cpus=args.replicas + 1)
-    url = launch.start(
-        args.model,
-        registry=registry,
-        adapters=_pairs(args.adapter or [], "--adapter"),
-        host=args.host,
-        port=args.port,
-        replicas=args.replicas,
-        gpus_per_replica=args.gpus,
-        threads=args.threads,
-    )
-    output.result({"url": url, "pid": os.getpid()}, f"serving at {url}/v1 (Ctrl-C stops it)")
-    try:
-        signal.pause()
-    except KeyboardInterrupt:
-        output.note("stopping")
-    finally:
-        launch.stop()
-    return EXIT_OK
-
-
-def _registry_list(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.registry import Registry
-
-    registry = Registry(args.registry)
-    rows: list[dict[str, Any]] = [
-        {"name": name, "versions": registry.versions(name), "aliases": registry.aliases(name)}
-        for name in registry.names()
-    ]
-    text = "\n".join(
-        f"{r['name']}: versions {', '.join(map(str, r['versions']))}"
-        + "".join(f"; {alias} -> {version}" for alias, version in r["aliases"].items())
-        for r in rows
-    )
-    output.result(rows, text or "no adapter registered")
-    return EXIT_OK
-
-
-def _registry_add(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.fsio import read_json
-    from qwen_ray.registry import LINEAGE, Registry
-
-    folder = Path(args.folder)
-    if not folder.is_dir():
-        raise UserError("no such adapter folder", where=args.folder, fix="name the adapter/ folder of a run")
-    version = Registry(args.registry).publish(args.name, folder, read_json(folder / LINEAGE))
-    output.result(
-        {"ref": version.ref, "path": str(version.path)}, f"registered {version.ref} at {version.path}"
-    )
-    return EXIT_OK
-
-
-def _registry_promote(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.registry import PRODUCTION, Registry
-
-    name, _, number = args.ref.partition("@")
-    if not number.isdigit():
-        raise UserError(
-            f"'{args.ref}' is not NAME@VERSION", fix="for example: qwen-ray registry promote biology@2"
-        )
-    Registry(args.registry).point(name, PRODUCTION, int(number), reason=args.reason)
-    output.result({"name": name, PRODUCTION: int(number)}, f"{PRODUCTION} of {name} is version {number}")
-    return EXIT_OK
-
-
-def _report(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.evaluation.compare import compare
-    from qwen_ray.evaluation.harness import read_result
-    from qwen_ray.report.build import build_report
-
-    baseline, candidate = read_result(Path(args.baseline)), read_result(Path(args.candidate))
-    targets = args.targets.split(",") if args.targets else None
-    comparison = compare(baseline, candidate, targets=targets)
-    command = f"qwen-ray report {args.baseline} {args.candidate} --out {args.out}"
-    build_report(
-        Path(args.out), comparison=comparison, baseline=baseline, candidate=candidate,
-        runs=[Path(r) for r in args.run or []], commands=[command],
-    )  # fmt: skip
-    output.result({"report": args.out, "verdict": comparison["verdict"]}, args.out)
-    return EXIT_OK
-
-
-def _config_schema(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.config import json_schema
-
-    schema = json_schema()
-    output.result(schema, json.dumps(schema, indent=2))
-    return EXIT_OK
-
-
-def _config_reference(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.config import reference
-
-    text = reference()
-    output.result({"markdown": text}, text)
-    return EXIT_OK
-
-
-def _pairs(items: list[str], option: str) -> dict[str, Path]:
-    """``NAME=PATH`` options as a dict."""
-    pairs: dict[str, Path] = {}
-    for item in items:
-        name, equals, path = item.partition("=")
-        if not equals or not name or not path:
-            raise UserError(f"'{item}' is not NAME=PATH", where=option)
-        if name in pairs:
-            raise UserError(f"'{name}' is named twice", where=option)
-        pairs[name] = Path(path)
-    return pairs
-
-
-# ---------------------------------------------------------------- parser
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}\n  fix: see `{self.prog} --help`", file=sys.stderr)
@@ -385,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qwen-ray {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    p = _verb(verbs, "demo", _demo, "the whole path on the embedded model, in minutes on two CPU cores")
+    p = _verb(verbs, "demo", run.demo, "the whole path on the embedded model, in minutes on two CPU cores")
     _example(p, "qwen-ray demo --out runs/demo")
     p.add_argument("--out", default="runs/demo", help="folder for everything the demo makes (%(default)s)")
     _add_data(verbs)
@@ -398,16 +95,18 @@ def build_parser() -> argparse.ArgumentParser:
     _add_registry(verbs)
     _add_report(verbs)
     config = _group(verbs, "config", "about configuration files")
-    p = _verb(config, "schema", _config_schema, "JSON schema of a configuration, for editors")
+    p = _verb(config, "schema", run.config_schema, "JSON schema of a configuration, for editors")
     _example(p, "qwen-ray config schema > run-config.schema.json")
-    p = _verb(config, "reference", _config_reference, "every key with its default and meaning, as Markdown")
+    p = _verb(
+        config, "reference", run.config_reference, "every key with its default and meaning, as Markdown"
+    )
     _example(p, "qwen-ray config reference")
     return parser
 
 
 def _add_data(verbs: Any) -> None:
     data = _group(verbs, "data", "prepare training data")
-    p = _verb(data, "prepare", _data_prepare, "read sources, check every record, write Record JSONL")
+    p = _verb(data, "prepare", run.data_prepare, "read sources, check every record, write Record JSONL")
     _example(
         p,
         "qwen-ray data prepare --domain biology --source openstax_biology=FOLDER --size 1000 "
@@ -424,12 +123,12 @@ def _add_data(verbs: Any) -> None:
     p.add_argument("--size", type=_positive, help="records to keep, spread over sources and sections (all)")
     p.add_argument("--out", required=True, help="file to write; its report goes beside it")
     p.add_argument("--seed", type=int, default=0, help="decides which records are kept (%(default)s)")
-    p = _verb(data, "sources", _data_sources, "list the sources, their licences and where to get them")
+    p = _verb(data, "sources", run.data_sources, "list the sources, their licences and where to get them")
     _example(p, "qwen-ray data sources")
 
 
 def _add_train(verbs: Any) -> None:
-    p = _verb(verbs, "train", _train, "fine-tune with Ray Train; the same command again resumes")
+    p = _verb(verbs, "train", run.train, "fine-tune with Ray Train; the same command again resumes")
     _example(
         p,
         "qwen-ray train --model 3b --method lora --data data/biology.jsonl --workers 2 --out runs/bio",
@@ -453,7 +152,9 @@ def _add_train(verbs: Any) -> None:
 
 
 def _add_plan(verbs: Any) -> None:
-    p = _verb(verbs, "plan", _plan, "say what a run needs and costs on given GPUs, and what fits; exit 3: no")
+    p = _verb(
+        verbs, "plan", run.plan, "say what a run needs and costs on given GPUs, and what fits; exit 3: no"
+    )
     _example(
         p,
         "qwen-ray plan --model 7b --method full --gpu h100-80gb --gpus 8 --tokens 20e6",
@@ -479,7 +180,7 @@ def _add_plan(verbs: Any) -> None:
 
 
 def _add_merge(verbs: Any) -> None:
-    p = _verb(verbs, "merge", _merge, "write a model with its adapter merged in, as full weights")
+    p = _verb(verbs, "merge", run.merge, "write a model with its adapter merged in, as full weights")
     _example(
         p,
         "qwen-ray merge --model 3b --adapter runs/bio/adapter --out models/bio-3b --dtype bf16",
@@ -497,7 +198,7 @@ def _add_merge(verbs: Any) -> None:
 
 
 def _add_eval(verbs: Any) -> None:
-    p = _verb(verbs, "eval", _eval, "benchmark a model, an adapter or an endpoint through lm-eval")
+    p = _verb(verbs, "eval", run.evaluate, "benchmark a model, an adapter or an endpoint through lm-eval")
     _example(
         p,
         "qwen-ray eval --model 3b --adapter runs/bio/adapter --suite guide --out runs/bio.json",
@@ -514,7 +215,7 @@ def _add_eval(verbs: Any) -> None:
 
 
 def _add_compare(verbs: Any) -> None:
-    p = _verb(verbs, "compare", _compare, "two results, paired by item: verdict, exit 0 promote, 3 not")
+    p = _verb(verbs, "compare", run.compare, "two results, paired by item: verdict, exit 0 promote, 3 not")
     _example(p, "qwen-ray compare runs/base.json runs/bio.json --targets biology")
     _two_results(p)
     p.add_argument("--min-gain", type=float, default=5.0, help="points every target must gain (%(default)g)")
@@ -523,7 +224,9 @@ def _add_compare(verbs: Any) -> None:
 
 
 def _add_serve(verbs: Any) -> None:
-    p = _verb(verbs, "serve", _serve, "serve a base model and its adapters, OpenAI-compatible, on Ray Serve")
+    p = _verb(
+        verbs, "serve", run.serve, "serve a base model and its adapters, OpenAI-compatible, on Ray Serve"
+    )
     _example(p, "qwen-ray serve --model tiny --registry runs/demo/registry --port 8000")
     p.add_argument("--model", required=True, help="base model: alias, hub id or folder")
     p.add_argument("--registry", metavar="FOLDER", help="adapters served as BASE:NAME[@VERSION]")
@@ -543,15 +246,15 @@ def _add_serve(verbs: Any) -> None:
 
 def _add_registry(verbs: Any) -> None:
     registry = _group(verbs, "registry", "adapter versions and what is in production")
-    p = _verb(registry, "list", _registry_list, "names, versions and aliases")
+    p = _verb(registry, "list", run.registry_list, "names, versions and aliases")
     _example(p, "qwen-ray registry list --registry runs/demo/registry")
     _registry_option(p)
-    p = _verb(registry, "add", _registry_add, "publish a trained adapter as the next version of a name")
+    p = _verb(registry, "add", run.registry_add, "publish a trained adapter as the next version of a name")
     _example(p, "qwen-ray registry add biology runs/bio/adapter")
     p.add_argument("name", help="adapter name: lower-case letters, digits, dot, dash")
     p.add_argument("folder", help="PEFT folder with lineage.json, as a run leaves it")
     _registry_option(p)
-    p = _verb(registry, "promote", _registry_promote, "point `production` at a version")
+    p = _verb(registry, "promote", run.registry_promote, "point `production` at a version")
     _example(p, "qwen-ray registry promote biology@2 --reason 'verdict of runs/comparison.json'")
     p.add_argument("ref", help="NAME@VERSION")
     p.add_argument("--reason", required=True, help="kept in the alias's log")
@@ -559,7 +262,7 @@ def _add_registry(verbs: Any) -> None:
 
 
 def _add_report(verbs: Any) -> None:
-    p = _verb(verbs, "report", _report, "one self-contained HTML page: curves, before/after, verdict")
+    p = _verb(verbs, "report", run.report, "one self-contained HTML page: curves, before/after, verdict")
     _example(p, "qwen-ray report runs/base.json runs/bio.json --run runs/bio --out runs/report.html")
     _two_results(p)
     p.add_argument(
@@ -580,7 +283,7 @@ def _example(parser: argparse.ArgumentParser, *commands: str) -> None:
     parser.epilog = "\n".join(["example:", *(f"  {command}" for command in commands)])
 
 
-def _verb(parent: Any, name: str, run: Verb, help_text: str) -> argparse.ArgumentParser:
+def _verb(parent: Any, name: str, verb: run.Verb, help_text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = parent.add_parser(
         name,
         help=help_text,
@@ -588,7 +291,7 @@ def _verb(parent: Any, name: str, run: Verb, help_text: str) -> argparse.Argumen
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON, alone on stdout")
-    parser.set_defaults(verb=run)
+    parser.set_defaults(verb=verb)
     return parser
 
 

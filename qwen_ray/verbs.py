@@ -1,0 +1,308 @@
+"""What each verb of the command line does: calls one function and prints what came back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qwen_ray.errors import EXIT_GATE_SAID_NO, EXIT_OK, UserError
+
+if TYPE_CHECKING:
+    from qwen_ray.config import RunConfig
+
+Verb = Callable[[argparse.Namespace, "Output"], int]
+
+
+class Output:
+    """The one writer to stdout."""
+
+    def __init__(self, stream: TextIO, *, as_json: bool) -> None:
+        self._stream, self.as_json = stream, as_json
+
+    def result(self, value: Any, text: str) -> None:
+        """Print ``value`` as JSON under ``--json``, else ``text``."""
+        print(json.dumps(value, indent=2) if self.as_json else text, file=self._stream, flush=True)
+
+    def note(self, text: str) -> None:
+        """Progress, to stderr."""
+        print(text, file=sys.stderr, flush=True)
+
+
+def demo(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.demo import run_demo, summary
+
+    comparison = run_demo(Path(args.out), note=output.note)
+    output.result(comparison, summary(comparison, Path(args.out)))
+    return EXIT_OK if comparison["verdict"] == "promote" else EXIT_GATE_SAID_NO
+
+
+def data_prepare(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.data.prepare import prepare
+
+    report = prepare(args.domain, _pairs(args.source, "--source"), args.size, Path(args.out), seed=args.seed)
+    output.result(report.to_dict(), str(report))
+    return EXIT_OK
+
+
+def data_sources(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.data.sources import SOURCES
+
+    rows = [
+        {
+            "name": s.name,
+            "title": s.title,
+            "license": s.licence,
+            "domain": s.domain_hint,
+            "where_to_get": s.where_to_get,
+        }
+        for s in SOURCES.values()
+    ]
+    text = "\n".join(f"{r['name']}: {r['title']} ({r['license']})\n    {r['where_to_get']}" for r in rows)
+    output.result(rows, text)
+    return EXIT_OK
+
+
+def train(args: argparse.Namespace, output: Output) -> int:
+    flags = {
+        "model.name": args.model,
+        "method.name": args.method,
+        "data.train": args.data,
+        "cluster.workers": args.workers,
+        "optim.max_steps": args.steps,
+        "seed": args.seed,
+        "out": args.out,
+    }
+    config = _config(args, flags)
+    if args.dry_run:
+        output.result(config.model_dump(mode="json"), config.to_yaml().rstrip())
+        return EXIT_OK
+    from qwen_ray.training.driver import ProgressBar, run_training
+
+    bar = ProgressBar()
+    try:
+        run = run_training(config, progress=bar)
+    finally:
+        bar.close()
+    value = {
+        "out": str(run.out),
+        "artifact": str(run.artifact),
+        "steps": run.steps,
+        "loss": run.loss,
+        "eval_loss": run.eval_loss,
+        "resumed_from": run.resumed_from,
+        "stopped": run.stopped,
+    }
+    if run.stopped:
+        output.note(f"stopped early: {run.stopped}")
+    held_out = "" if run.eval_loss is None else f", held-out {run.eval_loss:.4f}"
+    output.result(value, f"{run.steps} steps, loss {run.loss:.4f}{held_out}\n{run.artifact}")
+    return EXIT_OK
+
+
+def plan(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.planner.hardware import hardware
+    from qwen_ray.planner.plan import plan
+    from qwen_ray.planner.text import count_tokens, plan_text
+
+    flags = {
+        "model.name": args.model,
+        "method.name": args.method,
+        "strategy.name": args.strategy,
+        "data.max_length": args.sequence_length,
+        "optim.epochs": args.epochs,
+    }
+    config = _config(args, flags)
+    machine = hardware(args.gpu, gpus_per_node=args.gpus, nodes=args.nodes, price=args.price)
+    tokens = args.tokens
+    files = [Path(file) for file in args.data or config.data.train]
+    if tokens is None and files:
+        tokens = count_tokens(files, config.model.name, max_length=config.data.max_length)
+    result = plan(config, machine, tokens or 0.0)
+    output.result(result.to_dict(every=args.all), plan_text(result, every=args.all))
+    return EXIT_OK if result.fits else EXIT_GATE_SAID_NO
+
+
+def merge(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.training.merge import merge
+
+    weights = args.weight or [1.0] * len(args.adapter)
+    if len(weights) != len(args.adapter):
+        raise UserError(
+            f"{len(args.adapter)} adapters and {len(weights)} weights", where="--weight", fix="one for each"
+        )
+    adapters = [(Path(folder), weight) for folder, weight in zip(args.adapter, weights, strict=True)]
+    out = merge(args.model, adapters, Path(args.out), dtype=args.dtype)
+    output.result({"out": str(out)}, str(out))
+    return EXIT_OK
+
+
+def evaluate(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.evaluation.report_text import result_table
+    from qwen_ray.evaluation.run import evaluate_endpoint, evaluate_local
+
+    result: dict[str, Any]
+    settings: dict[str, Any] = {
+        "data_dir": Path(args.data_dir) if args.data_dir else None,
+        "limit": args.limit,
+        "num_fewshot": args.fewshot,
+    }
+    if args.endpoint:
+        if args.adapter:
+            raise UserError(
+                "--adapter is a folder; an endpoint knows adapters by name", fix="--model BASE:NAME"
+            )
+        result = evaluate_endpoint(args.endpoint, args.model, args.suite, out=Path(args.out), **settings)
+    else:
+        adapter = Path(args.adapter) if args.adapter else None
+        result = evaluate_local(args.model, adapter, args.suite, out=Path(args.out), **settings)
+    shown = {key: value for key, value in result.items() if key != "items"}
+    output.result(shown, result_table(result))
+    return EXIT_OK
+
+
+def compare(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.evaluation.compare import Gate, compare
+    from qwen_ray.evaluation.harness import read_result
+    from qwen_ray.evaluation.report_text import comparison_table
+    from qwen_ray.fsio import write_json
+
+    gate = Gate(min_gain=args.min_gain / 100, tolerance=args.tolerance / 100)
+    targets = args.targets.split(",") if args.targets else None
+    comparison = compare(
+        read_result(Path(args.baseline)), read_result(Path(args.candidate)), gate, targets=targets
+    )
+    if args.out:
+        write_json(Path(args.out), comparison)
+    output.result(comparison, comparison_table(comparison))
+    return EXIT_OK if comparison["verdict"] == "promote" else EXIT_GATE_SAID_NO
+
+
+def serve(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray import cluster
+    from qwen_ray.serving import launch
+
+    registry = Path(args.registry) if args.registry else None
+    launch.free_port(args.host, args.port)  # before a cluster is started for nothing
+    cluster.connect(args.address, num_cpus=args.replicas + 1)
+    url = launch.start(
+        args.model,
+        registry=registry,
+        adapters=_pairs(args.adapter or [], "--adapter"),
+        host=args.host,
+        port=args.port,
+        replicas=args.replicas,
+        gpus_per_replica=args.gpus,
+        threads=args.threads,
+    )
+    output.result({"url": url, "pid": os.getpid()}, f"serving at {url}/v1 (Ctrl-C stops it)")
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        output.note("stopping")
+    finally:
+        launch.stop()
+    return EXIT_OK
+
+
+def registry_list(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.registry import Registry
+
+    registry = Registry(args.registry)
+    rows: list[dict[str, Any]] = [
+        {"name": name, "versions": registry.versions(name), "aliases": registry.aliases(name)}
+        for name in registry.names()
+    ]
+    text = "\n".join(
+        f"{r['name']}: versions {', '.join(map(str, r['versions']))}"
+        + "".join(f"; {alias} -> {version}" for alias, version in r["aliases"].items())
+        for r in rows
+    )
+    output.result(rows, text or "no adapter registered")
+    return EXIT_OK
+
+
+def registry_add(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.fsio import read_json
+    from qwen_ray.registry import LINEAGE, Registry
+
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise UserError("no such adapter folder", where=args.folder, fix="name the adapter/ folder of a run")
+    version = Registry(args.registry).publish(args.name, folder, read_json(folder / LINEAGE))
+    output.result(
+        {"ref": version.ref, "path": str(version.path)}, f"registered {version.ref} at {version.path}"
+    )
+    return EXIT_OK
+
+
+def registry_promote(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.registry import PRODUCTION, Registry
+
+    name, _, number = args.ref.partition("@")
+    if not number.isdigit():
+        raise UserError(
+            f"'{args.ref}' is not NAME@VERSION", fix="for example: qwen-ray registry promote biology@2"
+        )
+    Registry(args.registry).point(name, PRODUCTION, int(number), reason=args.reason)
+    output.result({"name": name, PRODUCTION: int(number)}, f"{PRODUCTION} of {name} is version {number}")
+    return EXIT_OK
+
+
+def report(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.evaluation.compare import compare
+    from qwen_ray.evaluation.harness import read_result
+    from qwen_ray.report.build import build_report
+
+    baseline, candidate = read_result(Path(args.baseline)), read_result(Path(args.candidate))
+    targets = args.targets.split(",") if args.targets else None
+    comparison = compare(baseline, candidate, targets=targets)
+    command = f"qwen-ray report {args.baseline} {args.candidate} --out {args.out}"
+    build_report(
+        Path(args.out), comparison=comparison, baseline=baseline, candidate=candidate,
+        runs=[Path(r) for r in args.run or []], commands=[command],
+    )  # fmt: skip
+    output.result({"report": args.out, "verdict": comparison["verdict"]}, args.out)
+    return EXIT_OK
+
+
+def config_schema(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.config import json_schema
+
+    schema = json_schema()
+    output.result(schema, json.dumps(schema, indent=2))
+    return EXIT_OK
+
+
+def config_reference(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.config import reference
+
+    text = reference()
+    output.result({"markdown": text}, text)
+    return EXIT_OK
+
+
+def _config(args: argparse.Namespace, flags: dict[str, Any]) -> RunConfig:
+    """The configuration of ``--config``, the options that were given (dotted keys) and ``--set``."""
+    from qwen_ray.config import build_config
+
+    given = {key: value for key, value in flags.items() if value is not None}
+    return build_config(Path(args.config) if args.config else None, flags=given, sets=args.set)
+
+
+def _pairs(items: list[str], option: str) -> dict[str, Path]:
+    """``NAME=PATH`` options as a dict."""
+    pairs: dict[str, Path] = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise UserError(f"'{item}' is not NAME=PATH", where=option)
+        if name in pairs:
+            raise UserError(f"'{name}' is named twice", where=option)
+        pairs[name] = Path(path)
+    return pairs
