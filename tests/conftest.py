@@ -46,7 +46,11 @@ def data_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The public data sets, for tests marked ``shared``."""
+    """The public data sets, for tests marked ``shared``.
+
+    They are not part of the project, and too large and too variously licensed to be: a user who has only the
+    repository skips these tests. What they cover is also covered by small files written in the tests.
+    """
     path = ROOT.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip(f"the public data sets are not at {path}")

@@ -21,7 +21,8 @@ LONG = "mmlu high_school_european_history_and_more"
 
 
 def _missing(what: str) -> None:
-    """Skip on a developer's machine; in CI a missing browser must not pass for a tested report."""
+    """Skip on a developer's machine, where a browser may not be ours to install; in CI a missing browser must
+    not pass for a tested report."""
     if os.environ.get("CI"):
         pytest.fail(f"{what}, and CI is set")
     pytest.skip(what)

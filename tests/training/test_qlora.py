@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,6 @@ REF = models.resolve("tiny")
 IDS = torch.arange(40).reshape(2, 20) * 17 % 2048
 CPU = torch.device("cpu")
 
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
-)
-
 
 def method(**settings: Any) -> MethodConfig:
     return MethodConfig(**{"name": "qlora", "r": 8, "alpha": 16, "dropout": 0.0, **settings})
@@ -38,7 +33,6 @@ def frozen(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
@@ -75,7 +69,6 @@ def test_training_over_four_bits(tmp_path: Path, dtype: torch.dtype, dora: bool,
     assert torch.equal(logits(again), logits(model))
 
 
-@needs_bitsandbytes
 def test_what_is_quantised_and_how() -> None:
     import bitsandbytes as bnb
 
@@ -100,13 +93,11 @@ def test_what_is_quantised_and_how() -> None:
     assert (state.quant_type, state.nested) == ("fp4", False)
 
 
-@needs_bitsandbytes
 def test_all_linear_means_the_same_layers() -> None:
     plain = lora.target_modules(models.load_model(REF, dtype=torch.float32), method())
     assert lora.target_modules(quantize.load_quantized(REF, method(), torch.float32, CPU), method()) == plain
 
 
-@needs_bitsandbytes
 def test_the_start_is_that_of_lora() -> None:
     settings = method(dora=True)
     over = lora.add_adapter(quantize.load_quantized(REF, settings, torch.float32, CPU), settings, seed=0)
@@ -121,8 +112,6 @@ def test_the_start_is_that_of_lora() -> None:
 
 
 def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed")
     config = models.model_config(REF)
     write_json(tmp_path / "config.json", {**config, "quantization_config": {"quant_method": "gptq"}})
     with pytest.raises(UserError, match=r"quantised already \(gptq\)"):
