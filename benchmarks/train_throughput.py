@@ -285,15 +285,36 @@ def main() -> None:
         for model in ["tiny"] if args.quick else ["tiny", "30m"]:
             # With the large model a step is nearly all arithmetic, with or without Ray.
             cases |= run_model(args, folder, model, compared[:3] if model == "30m" else compared)
+            write_result(args, cases, compared, workload(records, shape), facts, began)  # so far
+
+
+def workload(records: dict[str, int], shape: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "records": records,
+        "longest_record": LENGTH,
+        "models": {"tiny": "the embedded model", "30m": shape},
+        "lora": {**LORA, "targets": "all-linear"},
+        "optimizer": f"AdamW, fused, constant rate {RATE}, clipped to norm 1",
+        "precision": "float32",
+    }
+
+
+def write_result(
+    args: argparse.Namespace,
+    cases: dict[str, Any],
+    compared: tuple[str, ...],
+    work: dict[str, Any],
+    facts: dict[str, Any],
+    began: float,
+) -> None:
     worst = min(cases, key=lambda case: float(cases[case]["over_trl"]["wall"]))
-    ratio = cases[worst]["over_trl"]["wall"]
     _common.write(
         args.out,
         {
             "name": "train_throughput",
             "quick": args.quick,
             "headline": {
-                "ratio": ratio,
+                "ratio": cases[worst]["over_trl"]["wall"],
                 "what": f"TRL's non-padding tokens/s, lowest of {len(cases)} cases ({worst}), wall time",
             },
             "ratios": {
@@ -301,15 +322,7 @@ def main() -> None:
             },
             "cases": cases,
             "sides": {side: WHAT[side] for side in compared},
-            "workload": {
-                "records": records,
-                "longest_record": LENGTH,
-                "models": {"tiny": "the embedded model", "30m": shape},
-                "lora": {**LORA, "targets": "all-linear"},
-                "optimizer": f"AdamW, fused, constant rate {RATE}, clipped to norm 1",
-                "threads": args.threads,
-                "precision": "float32",
-            },
+            "workload": {**work, "threads": args.threads},
             "seconds": time.perf_counter() - began,
             "machine": facts,
             "versions": _common.versions(

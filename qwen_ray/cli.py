@@ -143,7 +143,11 @@ def _add_train(verbs: Any) -> None:
         metavar="FILE",
         help="training data: Record JSONL, Alpaca, ShareGPT or messages; may be repeated",
     )
-    p.add_argument("--workers", type=int, help="training workers; 0 runs in this process, without Ray")
+    p.add_argument(
+        "--workers",
+        type=int,
+        help="Ray Train workers (default: 1 if there is a cluster, else 0: this process)",
+    )
     p.add_argument("--steps", type=_positive, help="optimizer steps (default: by epochs)")
     p.add_argument("--seed", type=int, help="order of the data, initial adapter weights, dropout")
     p.add_argument("--out", help="the run's folder")

@@ -36,6 +36,8 @@ def prepare(address: str | None = None) -> str:
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":  # nobody announces that this machine goes away: a process less to start
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if "ray" not in sys.modules and (address == "local" or _has_token()):
         # A new local cluster has a token anyway; `ray start` asks for one if it finds one, but a client
         # that joins does not send it unless told.

@@ -147,8 +147,9 @@ class ComputeConfig(Section):
 
 
 class ClusterConfig(Section):
-    workers: Annotated[int, Field(ge=0)] = 1
-    """Training workers. 0: run in this process, without Ray."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Training workers. 0: run in this process, without Ray. Default: 1 where there is a cluster to join or
+    the strategy, elasticity or resources asked for need one, else 0."""
     min_workers: Annotated[int, Field(ge=1)] | None = None
     """Elastic: go on with as few as this when nodes are lost, and grow back to workers when they return.
     Default: always workers."""
@@ -232,6 +233,11 @@ class RunConfig(Section):
         if "://" in self.out:
             raise ValueError(f"out: '{self.out}' is a URI; this version writes to a local or mounted folder")
         return self
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of the global batch. Counted with the configured workers, so fewer make the same steps."""
+        return self.optim.batch_size * self.optim.gradient_accumulation * max(1, self.cluster.workers or 0)
 
     def to_yaml(self) -> str:
         """The complete configuration as YAML, headed by the command that runs it."""

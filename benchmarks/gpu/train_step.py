@@ -244,8 +244,9 @@ def measure(setting: Setting, shape: Shape, length: int, device: torch.device) -
     """Median step of one setting; raises what the setting raises."""
     import torch
 
+    from qwen_ray.planner.hardware import peak_flops
     from qwen_ray.training import memory, precision
-    from qwen_ray.training.throughput import Flops, attended_length, hfu, mfu, peak_flops
+    from qwen_ray.training.throughput import Flops, attended_length, hfu, mfu
 
     cuda = device.type == "cuda"
     numbers = precision.choose(setting.precision, device)

@@ -38,26 +38,61 @@ class Gpu:
     family: str
 
 
-# Memory GiB; dense bf16 TFLOP/s; memory, link, network and host GB/s; host memory GB; $/h; family.
-_ROWS: dict[str, tuple[float, float, float, float, float, float, float, float, str]] = {
-    "a100-40gb": (39.4, 312, 1555, 300, 6.25, 25, 130, 1.8, "ampere"),
-    "a100-80gb": (79.2, 312, 2039, 300, 25, 25, 240, 2.2, "ampere"),
-    "h100-80gb": (79.2, 989, 3350, 450, 50, 50, 240, 3.0, "hopper"),
-    "h200-141gb": (139.8, 989, 4800, 450, 50, 50, 240, 3.8, "hopper"),
-    "l40s-48gb": (44.4, 362, 864, 25, 6.25, 25, 120, 1.4, "ada"),
-    "a10g-24gb": (22.1, 70, 600, 25, 3.1, 25, 48, 1.0, "other"),
-    "l4-24gb": (22.0, 121, 300, 12, 3.1, 12, 48, 0.7, "ada"),
-    "rtx4090-24gb": (23.6, 165, 1008, 25, 3.1, 25, 60, 0.5, "ada"),
-    "b200-192gb": (178.0, 2250, 8000, 900, 50, 50, 350, 5.5, "blackwell"),
+# Dense bf16 FLOP/s with float32 accumulation, by a part of the name that CUDA gives; the first match counts.
+# Sources: NVIDIA's data sheets.
+_PEAKS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A30": 165e12,
+    "A40": 150e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(gpu: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a GPU by the name CUDA gives it; None if it is not in the table."""
+    words = gpu.replace("-", " ").split()
+    for name, peak in _PEAKS.items():
+        wanted = name.split()
+        if any(words[i : i + len(wanted)] == wanted for i in range(len(words))):
+            return peak
+    return None
+
+
+# CUDA's name; memory GiB; memory, link, network and host GB/s; host memory GB; $/h; family.
+_ROWS: dict[str, tuple[str, float, float, float, float, float, float, float, str]] = {
+    "a100-40gb": ("A100", 39.4, 1555, 300, 6.25, 25, 130, 1.8, "ampere"),
+    "a100-80gb": ("A100", 79.2, 2039, 300, 25, 25, 240, 2.2, "ampere"),
+    "h100-80gb": ("H100", 79.2, 3350, 450, 50, 50, 240, 3.0, "hopper"),
+    "h200-141gb": ("H200", 139.8, 4800, 450, 50, 50, 240, 3.8, "hopper"),
+    "l40s-48gb": ("L40S", 44.4, 864, 25, 6.25, 25, 120, 1.4, "ada"),
+    "a10g-24gb": ("A10G", 22.1, 600, 25, 3.1, 25, 48, 1.0, "other"),
+    "l4-24gb": ("L4", 22.0, 300, 12, 3.1, 12, 48, 0.7, "ada"),
+    "rtx4090-24gb": ("RTX 4090", 23.6, 1008, 25, 3.1, 25, 60, 0.5, "ada"),
+    "b200-192gb": ("B200", 178.0, 8000, 900, 50, 50, 350, 5.5, "blackwell"),
 }
 
 
 def _gpu(name: str) -> Gpu:
-    gib, tflops, memory_speed, link, network, host, ram, price, family = _ROWS[name]
+    cuda, gib, memory_speed, link, network, host, ram, price, family = _ROWS[name]
     return Gpu(
         name=name,
         memory=int(gib * GIB),
-        flops=tflops * 1e12,
+        flops=_PEAKS[cuda],
         bandwidth=memory_speed * 1e9,
         link=link * 1e9,
         network=network * 1e9,

@@ -70,8 +70,7 @@ def layouts(
     What the configuration has decided stays: a named strategy, checkpointing that is on. ``keep_batch``:
     keep the batch size too. The step's rows are those of ``config`` on its own number of workers.
     """
-    rows = config.optim.batch_size * config.optim.gradient_accumulation * max(1, config.cluster.workers)
-    each = -(-rows // hardware.gpus)
+    each = -(-config.rows_a_step // hardware.gpus)
     batches = (config.optim.batch_size,) if keep_batch else tuple(b for b in _BATCHES if each % b == 0)
     remats = (True,) if config.compute.activation_checkpointing else (False, True)
     for strategy in _strategies(config, hardware, offload=offload):

@@ -123,8 +123,7 @@ def plan(
     best = _cheapest(tried)
     tokens = data_tokens * config.optim.epochs
     if config.optim.max_steps is not None:
-        rows = config.optim.batch_size * config.optim.gradient_accumulation * max(1, config.cluster.workers)
-        tokens = float(config.optim.max_steps * rows * config.data.max_length)
+        tokens = float(config.optim.max_steps * config.rows_a_step * config.data.max_length)
     advice = _advice(config, hardware, shape) if best is None and advise else ()
     return Plan(config, shape, hardware, tokens, best, tried, advice)
 

@@ -80,7 +80,7 @@ def run_training(config: RunConfig, *, progress: Progress | None = None) -> Trai
     ``progress`` gets each row of metrics as it appears. Raises :class:`UserError` for bad input,
     ``RuntimeError`` when training failed for good, ``KeyboardInterrupt`` when it was interrupted.
     """
-    config = _absolute(config)
+    config = _decided(_absolute(config))
     out = Path(config.out)
     _check_input(config)
     with _locked(out):
@@ -109,6 +109,19 @@ def _absolute(config: RunConfig) -> RunConfig:
     if Path(config.model.name).is_dir():
         config.model.name = str(Path(config.model.name).resolve())
     return config
+
+
+def _decided(config: RunConfig) -> RunConfig:
+    """With the number of workers that its default stands for."""
+    asked = config.cluster
+    if asked.workers is not None:
+        return config
+    needs_ray = (
+        cluster.prepare(asked.address) != "local"
+        or config.strategy.name not in {"auto", "ddp"}
+        or bool(asked.min_workers or asked.gpus_per_worker)
+    )
+    return config.model_copy(update={"cluster": asked.model_copy(update={"workers": int(needs_ray)})})
 
 
 def _check_input(config: RunConfig) -> None:
@@ -155,8 +168,7 @@ def _open_run(out: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def _decides(config: RunConfig) -> str:
-    rows = config.optim.batch_size * config.optim.gradient_accumulation * max(1, config.cluster.workers)
-    return sha256_json([rows, config.model_dump(mode="json", exclude=_FREE)])
+    return sha256_json([config.rows_a_step, config.model_dump(mode="json", exclude=_FREE)])
 
 
 def _finished(out: Path, run: dict[str, Any]) -> TrainedRun:
@@ -194,13 +206,19 @@ def _run_alone(config: RunConfig, out: Path, run_id: str, progress: Progress | N
 
     try:
         return run_rank("ddp", None, config, out, on_metrics=on_metrics)
+    except (UserError, FloatingPointError):
+        raise
+    except Exception as e:
+        errors.note(out, 0, e)
+        raise RuntimeError(errors.explain(e, out)) from e
     finally:
         tracker.close()
 
 
 def _run_on_ray(config: RunConfig, out: Path, run_id: str, progress: Progress | None) -> dict[str, Any]:
     """The loop under Ray Train V2, one process a worker."""
-    workers, fewest = config.cluster.workers, config.cluster.min_workers or config.cluster.workers
+    workers = config.cluster.workers or 1
+    fewest = config.cluster.min_workers or workers
     # How long Ray Train waits for room before it tries again, with fewer workers where it may.
     patience = min(config.cluster.start_seconds, _PATIENCE if fewest == workers else _ELASTIC_PATIENCE)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
@@ -303,7 +321,7 @@ def _resolve_strategy(config: RunConfig, gpus: float) -> RunConfig:
     """``strategy.name: auto`` asks the planner, which asks the cluster what its GPUs are."""
     asks = gpus and config.strategy.name == "auto"
     memory = _gpu_memory(gpus, config.cluster.start_seconds) if asks else 0
-    chosen, compute, reason = choose_strategy(config, int(gpus * config.cluster.workers), memory)
+    chosen, compute, reason = choose_strategy(config, int(gpus * (config.cluster.workers or 1)), memory)
     log.info("strategy %s", reason)
     resolved = config.model_copy(update={"strategy": chosen, "compute": compute})
     combinations.check(resolved)

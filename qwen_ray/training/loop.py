@@ -34,13 +34,14 @@ from qwen_ray.data.packing import Batch
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation.monitor import ForgettingMonitor, Verdict
 from qwen_ray.fsio import sha256_json
+from qwen_ray.planner.hardware import peak_flops
 from qwen_ray.training import attention, checkpoint, lora, loss, memory, precision
 from qwen_ray.training.checkpoint import CheckpointStore
 from qwen_ray.training.feed import Feed, Step
 from qwen_ray.training.optimizer import make_optimizer
 from qwen_ray.training.schedule import learning_rate
 from qwen_ray.training.strategy.base import Strategy
-from qwen_ray.training.throughput import Flops, Meter, peak_flops
+from qwen_ray.training.throughput import Flops, Meter
 from qwen_ray.training.tracking import EXAMPLES
 
 if TYPE_CHECKING:
@@ -94,8 +95,7 @@ class Run:
     @property
     def rows_a_step(self) -> int:
         """Rows of the global batch. Counted with the configured workers, so fewer make the same steps."""
-        optim = self.config.optim
-        return optim.batch_size * optim.gradient_accumulation * max(1, self.config.cluster.workers)
+        return self.config.rows_a_step
 
     @property
     def identity(self) -> str:

@@ -19,40 +19,6 @@ from qwen_ray.planner.shapes import Shape, from_config
 
 Rule = Literal["4n", "6n"]
 
-# Dense bf16 FLOP/s with float32 accumulation, by a part of the name that CUDA gives; the first match counts.
-# Sources: NVIDIA's data sheets.
-_PEAKS: tuple[tuple[str, float], ...] = (
-    ("GB200", 2500e12),
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("GH200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H800", 989e12),
-    ("H20", 148e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("A10G", 70e12),
-    ("A10", 125e12),
-    ("A30", 165e12),
-    ("A40", 150e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
-)
-
-
-def peak_flops(gpu: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a GPU by the name CUDA gives it; None if it is not in the table."""
-    words = gpu.replace("-", " ").split()
-    for name, peak in _PEAKS:
-        wanted = name.split()
-        if any(words[i : i + len(wanted)] == wanted for i in range(len(words))):
-            return peak
-    return None
-
 
 @dataclass(frozen=True)
 class Flops:

@@ -204,6 +204,37 @@ def test_another_configuration_does_not_overwrite_a_run(tmp_path: Path, data_fil
     assert adapter_bytes(out) == before
 
 
+def test_without_a_cluster_the_default_is_this_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qwen_ray.config import build_config
+    from qwen_ray.training.driver import _decided
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def workers(**changes: Any) -> int | None:
+        return _decided(build_config(flags=changes)).cluster.workers
+
+    assert workers() == 0
+    assert workers(**{"cluster.workers": 2}) == 2
+    assert workers(**{"strategy.name": "fsdp"}) == 1
+    assert workers(**{"cluster.gpus_per_worker": 1.0}) == 1
+    assert workers(**{"cluster.address": "somewhere:6379"}) == 1
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    assert workers() == 1
+
+
+def test_a_failure_in_this_process_is_one_line_and_a_note(tmp_path: Path, data_file: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "checkpoints").write_text("in the way")
+    process = start(command(data_file, out, workers=0))
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert stderr.splitlines()[-1].startswith("failed: training failed: ")
+    assert "Traceback" in read_json(out / "errors" / "rank-00000.json")["traceback"]
+
+
 @pytest.mark.cluster
 def test_more_than_the_cluster_has_is_refused_not_awaited(tmp_path: Path, data_file: Path) -> None:
     """Ray itself would wait for the resources for ever."""

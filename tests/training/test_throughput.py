@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qwen_ray.config import MethodConfig
-from qwen_ray.training.throughput import Flops, Meter, attended_length, hfu, mfu, peak_flops
+from qwen_ray.planner.hardware import peak_flops
+from qwen_ray.training.throughput import Flops, Meter, attended_length, hfu, mfu
 from tests.training.test_attention import tiny
 
 QWEN_7B = {

@@ -173,8 +173,7 @@ class DeepSpeed(Strategy):
 def zero_config(config: RunConfig, device: torch.device, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration of a run (deepspeed.ai/docs/config-json)."""
     strategy, optim = config.strategy, config.optim
-    rows = optim.batch_size * optim.gradient_accumulation * max(1, config.cluster.workers)
-    micro_batches = -(-rows // (world_size * optim.batch_size))
+    micro_batches = -(-config.rows_a_step // (world_size * optim.batch_size))
     numbers = choose(config.precision, device)
     zero: dict[str, Any] = {
         "stage": strategy.zero_stage,
