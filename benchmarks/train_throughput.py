@@ -285,7 +285,8 @@ def main() -> None:
         for model in ["tiny"] if args.quick else ["tiny", "30m"]:
             # With the large model a step is nearly all arithmetic, with or without Ray.
             cases |= run_model(args, folder, model, compared[:3] if model == "30m" else compared)
-            write_result(args, cases, compared, workload(records, shape), facts, began)  # so far
+            work = workload(records, shape)
+            write_result(args, cases, compared=compared, work=work, facts=facts, began=began)  # so far
 
 
 def workload(records: dict[str, int], shape: dict[str, Any] | None) -> dict[str, Any]:
@@ -302,6 +303,7 @@ def workload(records: dict[str, int], shape: dict[str, Any] | None) -> dict[str,
 def write_result(
     args: argparse.Namespace,
     cases: dict[str, Any],
+    *,
     compared: tuple[str, ...],
     work: dict[str, Any],
     facts: dict[str, Any],
