@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from qwen_ray import __version__
+from qwen_ray import __version__, data_verbs
 from qwen_ray import verbs as run
 from qwen_ray.errors import (
     EXIT_BAD_INPUT,
@@ -23,6 +23,7 @@ from qwen_ray.errors import (
     EXIT_INTERRUPTED,
     UserError,
 )
+from qwen_ray.options import example, group, positive, set_option, verb
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -82,10 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qwen-ray {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    p = _verb(verbs, "demo", run.demo, "the whole path on the embedded model, in minutes on two CPU cores")
-    _example(p, "qwen-ray demo --out runs/demo")
+    p = verb(verbs, "demo", run.demo, "the whole path on the embedded model, in minutes on two CPU cores")
+    example(p, "qwen-ray demo --out runs/demo")
     p.add_argument("--out", default="runs/demo", help="folder for everything the demo makes (%(default)s)")
-    _add_data(verbs)
+    data_verbs.add(verbs)
     _add_plan(verbs)
     _add_train(verbs)
     _add_merge(verbs)
@@ -94,42 +95,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(verbs)
     _add_registry(verbs)
     _add_report(verbs)
-    config = _group(verbs, "config", "about configuration files")
-    p = _verb(config, "schema", run.config_schema, "JSON schema of a configuration, for editors")
-    _example(p, "qwen-ray config schema > run-config.schema.json")
-    p = _verb(
-        config, "reference", run.config_reference, "every key with its default and meaning, as Markdown"
-    )
-    _example(p, "qwen-ray config reference")
+    config = group(verbs, "config", "about configuration files")
+    p = verb(config, "schema", run.config_schema, "JSON schema of a configuration, for editors")
+    example(p, "qwen-ray config schema > run-config.schema.json")
+    p = verb(config, "reference", run.config_reference, "every key with its default and meaning, as Markdown")
+    example(p, "qwen-ray config reference")
     return parser
 
 
-def _add_data(verbs: Any) -> None:
-    data = _group(verbs, "data", "prepare training data")
-    p = _verb(data, "prepare", run.data_prepare, "read sources, check every record, write Record JSONL")
-    _example(
-        p,
-        "qwen-ray data prepare --domain biology --source openstax_biology=FOLDER --size 1000 "
-        "--out data/biology.jsonl",
-    )
-    p.add_argument("--domain", required=True, help="domain of the records, the name mixture weights use")
-    p.add_argument(
-        "--source",
-        required=True,
-        action="append",
-        metavar="NAME=PATH",
-        help="a source (see `data sources`) and where its files are; may be repeated",
-    )
-    p.add_argument("--size", type=_positive, help="records to keep, spread over sources and sections (all)")
-    p.add_argument("--out", required=True, help="file to write; its report goes beside it")
-    p.add_argument("--seed", type=int, default=0, help="decides which records are kept (%(default)s)")
-    p = _verb(data, "sources", run.data_sources, "list the sources, their licences and where to get them")
-    _example(p, "qwen-ray data sources")
-
-
 def _add_train(verbs: Any) -> None:
-    p = _verb(verbs, "train", run.train, "fine-tune with Ray Train; the same command again resumes")
-    _example(
+    p = verb(verbs, "train", run.train, "fine-tune with Ray Train; the same command again resumes")
+    example(
         p,
         "qwen-ray train --model 3b --method lora --data data/biology.jsonl --workers 2 --out runs/bio",
         "qwen-ray train --config run.yaml --set optim.learning_rate=1e-4 --dry-run",
@@ -148,18 +124,18 @@ def _add_train(verbs: Any) -> None:
         type=int,
         help="Ray Train workers (default: 1 if there is a cluster, else 0: this process)",
     )
-    p.add_argument("--steps", type=_positive, help="optimizer steps (default: by epochs)")
+    p.add_argument("--steps", type=positive, help="optimizer steps (default: by epochs)")
     p.add_argument("--seed", type=int, help="order of the data, initial adapter weights, dropout")
     p.add_argument("--out", help="the run's folder")
-    _set_option(p)
+    set_option(p)
     p.add_argument("--dry-run", action="store_true", help="print the complete configuration and stop")
 
 
 def _add_plan(verbs: Any) -> None:
-    p = _verb(
+    p = verb(
         verbs, "plan", run.plan, "say what a run needs and costs on given GPUs, and what fits; exit 3: no"
     )
-    _example(
+    example(
         p,
         "qwen-ray plan --model 7b --method full --gpu h100-80gb --gpus 8 --tokens 20e6",
         "qwen-ray plan --config configs/14b-lora-4x80gb.yaml --gpu a100-80gb --gpus 4 --data a.jsonl --all",
@@ -168,10 +144,10 @@ def _add_plan(verbs: Any) -> None:
     p.add_argument("--model", help="alias, hub id or folder")
     p.add_argument("--method", choices=["lora", "qlora", "full"], help="what is trained")
     p.add_argument("--strategy", choices=["auto", "ddp", "fsdp", "deepspeed"], help="default: the cheapest")
-    p.add_argument("--sequence-length", type=_positive, metavar="TOKENS", help="length of a row")
+    p.add_argument("--sequence-length", type=positive, metavar="TOKENS", help="length of a row")
     p.add_argument("--gpu", default="h100-80gb", help="GPU, by its name in the catalogue (%(default)s)")
-    p.add_argument("--gpus", type=_positive, default=1, help="GPUs of a node (%(default)s)")
-    p.add_argument("--nodes", type=_positive, default=1, help="nodes (%(default)s)")
+    p.add_argument("--gpus", type=positive, default=1, help="GPUs of a node (%(default)s)")
+    p.add_argument("--nodes", type=positive, default=1, help="nodes (%(default)s)")
     p.add_argument("--price", type=float, metavar="DOLLARS", help="of a GPU-hour (the catalogue's)")
     amount = p.add_mutually_exclusive_group()
     amount.add_argument(
@@ -179,13 +155,13 @@ def _add_plan(verbs: Any) -> None:
     )
     amount.add_argument("--tokens", type=float, help="tokens of one epoch")
     p.add_argument("--epochs", type=float, help="passes over the data")
-    _set_option(p)
+    set_option(p)
     p.add_argument("--all", action="store_true", help="show every layout that was tried")
 
 
 def _add_merge(verbs: Any) -> None:
-    p = _verb(verbs, "merge", run.merge, "write a model with its adapter merged in, as full weights")
-    _example(
+    p = verb(verbs, "merge", run.merge, "write a model with its adapter merged in, as full weights")
+    example(
         p,
         "qwen-ray merge --model 3b --adapter runs/bio/adapter --out models/bio-3b --dtype bf16",
         "qwen-ray merge --model 3b --adapter A --weight 0.7 --adapter B --weight 0.3 --out models/both",
@@ -202,8 +178,8 @@ def _add_merge(verbs: Any) -> None:
 
 
 def _add_eval(verbs: Any) -> None:
-    p = _verb(verbs, "eval", run.evaluate, "benchmark a model, an adapter or an endpoint through lm-eval")
-    _example(
+    p = verb(verbs, "eval", run.evaluate, "benchmark a model, an adapter or an endpoint through lm-eval")
+    example(
         p,
         "qwen-ray eval --model 3b --adapter runs/bio/adapter --suite guide --out runs/bio.json",
         "qwen-ray eval --endpoint http://127.0.0.1:8000 --model tiny:facts --suite tiny --out r.json",
@@ -211,16 +187,20 @@ def _add_eval(verbs: Any) -> None:
     p.add_argument("--model", required=True, help="alias, hub id or folder; with --endpoint, an id it serves")
     p.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter to put on the model")
     p.add_argument("--endpoint", metavar="URL", help="benchmark what is served there, load no model")
-    p.add_argument("--suite", required=True, help="tiny (embedded) or guide (MMLU subjects and GSM8K)")
+    p.add_argument(
+        "--suite",
+        required=True,
+        help="tiny (embedded), guide (MMLU, GSM8K), or a held-out set's folder",
+    )
     p.add_argument("--data-dir", metavar="FOLDER", help="the suite's original files, where there is no hub")
-    p.add_argument("--limit", type=_positive, help="items of each task (all)")
+    p.add_argument("--limit", type=positive, help="items of each task (all)")
     p.add_argument("--fewshot", type=int, help="solved examples in the prompt (the suite's own)")
     p.add_argument("--out", required=True, help="EvalResult file to write (JSON)")
 
 
 def _add_compare(verbs: Any) -> None:
-    p = _verb(verbs, "compare", run.compare, "two results, paired by item: verdict, exit 0 promote, 3 not")
-    _example(p, "qwen-ray compare runs/base.json runs/bio.json --targets biology")
+    p = verb(verbs, "compare", run.compare, "two results, paired by item: verdict, exit 0 promote, 3 not")
+    example(p, "qwen-ray compare runs/base.json runs/bio.json --targets biology")
     _two_results(p)
     p.add_argument("--min-gain", type=float, default=5.0, help="points every target must gain (%(default)g)")
     p.add_argument("--tolerance", type=float, default=4.0, help="points a strength may lose (%(default)g)")
@@ -228,10 +208,10 @@ def _add_compare(verbs: Any) -> None:
 
 
 def _add_serve(verbs: Any) -> None:
-    p = _verb(
+    p = verb(
         verbs, "serve", run.serve, "serve a base model and its adapters, OpenAI-compatible, on Ray Serve"
     )
-    _example(p, "qwen-ray serve --model tiny --registry runs/demo/registry --port 8000")
+    example(p, "qwen-ray serve --model tiny --registry runs/demo/registry --port 8000")
     p.add_argument("--model", required=True, help="base model: alias, hub id or folder")
     p.add_argument("--registry", metavar="FOLDER", help="adapters served as BASE:NAME[@VERSION]")
     p.add_argument(
@@ -242,32 +222,32 @@ def _add_serve(verbs: Any) -> None:
     )
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     p.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
-    p.add_argument("--replicas", type=_positive, default=1, help="engine replicas (%(default)s)")
+    p.add_argument("--replicas", type=positive, default=1, help="engine replicas (%(default)s)")
     p.add_argument("--gpus", type=float, default=0.0, help="GPUs of a replica; 0 computes on the CPU")
-    p.add_argument("--threads", type=_positive, default=1, help="CPU threads of a replica (%(default)s)")
+    p.add_argument("--threads", type=positive, default=1, help="CPU threads of a replica (%(default)s)")
     p.add_argument("--address", help="Ray cluster to join (default: one of its own)")
 
 
 def _add_registry(verbs: Any) -> None:
-    registry = _group(verbs, "registry", "adapter versions and what is in production")
-    p = _verb(registry, "list", run.registry_list, "names, versions and aliases")
-    _example(p, "qwen-ray registry list --registry runs/demo/registry")
+    registry = group(verbs, "registry", "adapter versions and what is in production")
+    p = verb(registry, "list", run.registry_list, "names, versions and aliases")
+    example(p, "qwen-ray registry list --registry runs/demo/registry")
     _registry_option(p)
-    p = _verb(registry, "add", run.registry_add, "publish a trained adapter as the next version of a name")
-    _example(p, "qwen-ray registry add biology runs/bio/adapter")
+    p = verb(registry, "add", run.registry_add, "publish a trained adapter as the next version of a name")
+    example(p, "qwen-ray registry add biology runs/bio/adapter")
     p.add_argument("name", help="adapter name: lower-case letters, digits, dot, dash")
     p.add_argument("folder", help="PEFT folder with lineage.json, as a run leaves it")
     _registry_option(p)
-    p = _verb(registry, "promote", run.registry_promote, "point `production` at a version")
-    _example(p, "qwen-ray registry promote biology@2 --reason 'verdict of runs/comparison.json'")
+    p = verb(registry, "promote", run.registry_promote, "point `production` at a version")
+    example(p, "qwen-ray registry promote biology@2 --reason 'verdict of runs/comparison.json'")
     p.add_argument("ref", help="NAME@VERSION")
     p.add_argument("--reason", required=True, help="kept in the alias's log")
     _registry_option(p)
 
 
 def _add_report(verbs: Any) -> None:
-    p = _verb(verbs, "report", run.report, "one self-contained HTML page: curves, before/after, verdict")
-    _example(p, "qwen-ray report runs/base.json runs/bio.json --run runs/bio --out runs/report.html")
+    p = verb(verbs, "report", run.report, "one self-contained HTML page: curves, before/after, verdict")
+    example(p, "qwen-ray report runs/base.json runs/bio.json --run runs/bio --out runs/report.html")
     _two_results(p)
     p.add_argument(
         "--run", action="append", metavar="FOLDER", help="training run whose curve to show; may be repeated"
@@ -283,47 +263,10 @@ def _two_results(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _example(parser: argparse.ArgumentParser, *commands: str) -> None:
-    parser.epilog = "\n".join(["example:", *(f"  {command}" for command in commands)])
-
-
-def _verb(parent: Any, name: str, verb: run.Verb, help_text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = parent.add_parser(
-        name,
-        help=help_text,
-        description=help_text[0].upper() + help_text[1:] + ".",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON, alone on stdout")
-    parser.set_defaults(verb=verb)
-    return parser
-
-
-def _group(parent: Any, name: str, help_text: str) -> Any:
-    parser = parent.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
-    return parser.add_subparsers(metavar="VERB", required=True)
-
-
-def _set_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        action="append",
-        metavar="KEY=VALUE",
-        help="any other key of the configuration, such as method.r=32; may be repeated",
-    )
-
-
 def _registry_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--registry", default="registry", metavar="FOLDER", help="the registry's folder (%(default)s)"
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 if __name__ == "__main__":

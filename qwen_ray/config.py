@@ -10,7 +10,7 @@ import json
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,6 +24,11 @@ class Section(BaseModel):
     """A part of the tree. The docstring under a field is its help text and goes into the JSON schema."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    page: ClassVar[str] = "docs/configuration.md"
+    """Where its keys are described."""
+
+
+S = TypeVar("S", bound=Section)
 
 
 class ModelConfig(Section):
@@ -75,14 +80,32 @@ class DataConfig(Section):
     """Share of each domain in what is trained on, whatever the sizes of the files. Empty: by size."""
     unit: Literal["examples", "tokens"] = "examples"
     """What the weights count."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Weigh domains by size to the power of 1/temperature: 1 is by size, higher is nearer to even. Instead
+    of weights and stages."""
+    stages: list[StageConfig] = []
+    """Weights that change over the run. Instead of weights."""
+    max_epochs: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Passes over a domain's examples after which it leaves the mixture; its share goes to the others in
+    proportion. Domains that are not named may repeat for ever."""
+    curriculum: Literal["shuffled", "easy_to_hard", "hard_to_easy"] = "shuffled"
+    """Order of a domain's examples within a pass, by the difficulty in the records."""
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Length of a row in tokens. Longer records are cut at the end, and counted."""
     packing: bool = True
     """Put several records into a row, isolated from one another, by best fit. Off: one record a row."""
     packing_window: Annotated[int, Field(ge=1)] = 64
     """Rows packed together: a larger window fills rows better and looks further ahead in the mixture."""
-    stages: list[StageConfig] = []
-    """Weights that change over the run (a curriculum). Instead of weights."""
+    streaming: bool = False
+    """Read and tokenise the training records when they are drawn, for files (Record JSONL) that are larger
+    than memory. An index is kept beside each file."""
+
+    @model_validator(mode="after")
+    def _one_rule_for_shares(self) -> DataConfig:
+        given = [name for name in ("weights", "stages") if getattr(self, name)]
+        if self.temperature is not None and given:
+            raise ValueError(f"temperature and {given[0]} both decide the shares; give the one or the other")
+        return self
 
 
 class OptimConfig(Section):
@@ -91,7 +114,8 @@ class OptimConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate. Default 2e-4 for LoRA, 2e-5 for full fine-tuning."""
     epochs: Annotated[float, Field(gt=0)] = 3.0
-    """Passes over the mixture; a pass ends when the first domain is used up. Ignored with max_steps."""
+    """Passes over the mixture; a pass ends when the first domain without a limit (data.max_epochs) is used
+    up. Ignored with max_steps."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; overrides epochs."""
     batch_size: Annotated[int, Field(ge=1)] = 4
@@ -259,10 +283,26 @@ def build_config(
 
     Raises :class:`UserError` naming the key, where it stands and the nearest valid name.
     """
-    user: dict[str, Any] = {}
+    user, origin = read_settings(file, flags=flags, sets=sets)
+    method = _get(user, "method.name", "lora")
+    preset = models.resolve(str(_get(user, "model.name", "tiny"))).preset
+    merged: dict[str, Any] = {}
+    for layer in (_METHOD_DEFAULTS.get(str(method), {}), preset.get("all", {}), preset.get(str(method), {})):
+        for key, value in layer.items():
+            _put(merged, key, value, where="preset")
+    _merge(merged, user)
+    return validate(RunConfig, merged, where=str(file) if file else "configuration", origin=origin)
+
+
+def read_settings(
+    file: Path | None = None,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    sets: list[str] | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a user has given, as a tree, and where each flag or ``--set`` came from."""
+    user: dict[str, Any] = {} if file is None else _read_yaml(file)
     origin: dict[str, str] = {}
-    if file is not None:
-        user = _read_yaml(file)
     for key, value in (flags or {}).items():
         _put(user, key, value, where=f"--{key}")
         origin[key] = f"--{key.split('.')[-1].replace('_', '-')}"
@@ -278,18 +318,15 @@ def build_config(
             value = text
         _put(user, key.strip(), _number(value), where=f"--set {item}")
         origin[key.strip()] = f"--set {item}"
-    where = str(file) if file else "configuration"
-    method = _get(user, "method.name", "lora")
-    preset = models.resolve(str(_get(user, "model.name", "tiny"))).preset
-    merged: dict[str, Any] = {}
-    for layer in (_METHOD_DEFAULTS.get(str(method), {}), preset.get("all", {}), preset.get(str(method), {})):
-        for key, value in layer.items():
-            _put(merged, key, value, where="preset")
-    _merge(merged, user)
+    return user, origin
+
+
+def validate(kind: type[S], tree: Mapping[str, Any], *, where: str, origin: Mapping[str, str]) -> S:
+    """A tree as a typed section; :class:`UserError` naming the key, where it stands and the nearest name."""
     try:
-        return RunConfig.model_validate(merged)
+        return kind.model_validate(tree)
     except ValidationError as e:
-        raise _user_error(e, where, origin) from None
+        raise _user_error(e, where, origin, kind) from None
 
 
 def read_config(file: Path) -> RunConfig:
@@ -378,7 +415,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
             base[key] = value
 
 
-def _user_error(error: ValidationError, where: str, origin: Mapping[str, str]) -> UserError:
+def _user_error(
+    error: ValidationError, where: str, origin: Mapping[str, str], kind: type[Section]
+) -> UserError:
     """The first problem, in words; unknown keys before wrong values, as they often explain them."""
     problems = error.errors(include_url=False)
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
@@ -388,20 +427,18 @@ def _user_error(error: ValidationError, where: str, origin: Mapping[str, str]) -
     key = ".".join(loc)
     where = origin.get(key, where)
     if first["type"] == "extra_forbidden":
-        everywhere = [".".join((s, f)) for s in RunConfig.model_fields for f in _fields_at([s])]
+        everywhere = [".".join((s, f)) for s in kind.model_fields for f in _fields_at(kind, [s])]
         namesake = next((k for k in everywhere if k.endswith(f".{loc[-1]}")), None)
-        valid = [".".join([*loc[:-1], name]) for name in _fields_at(loc[:-1])]
+        valid = [".".join([*loc[:-1], name]) for name in _fields_at(kind, loc[:-1])]
         fix = f"did you mean '{namesake}'?" if namesake else did_you_mean(key, valid)
         return UserError(f"unknown key '{key}'", where=where, fix=fix)
     message = first["msg"].removeprefix("Value error, ")
     got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-    return UserError(
-        f"'{key}': {message}{got}" if key else message, where=where, fix="see docs/configuration.md"
-    )
+    return UserError(f"'{key}': {message}{got}" if key else message, where=where, fix=f"see {kind.page}")
 
 
-def _fields_at(loc: list[str]) -> list[str]:
-    model: Any = RunConfig
+def _fields_at(kind: type[BaseModel], loc: list[str]) -> list[str]:
+    model: Any = kind
     for name in loc:
         field = model.model_fields.get(name)
         model = field.annotation if field else None

@@ -7,8 +7,9 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from qwen_ray.errors import UserError
 
@@ -26,11 +27,18 @@ def sha256_json(value: Any) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` so that a crash leaves the old file or the new one, nothing between."""
+    with replacing(path, "w") as f:
+        f.write(text)
+
+
+@contextmanager
+def replacing(path: Path, mode: Literal["w", "wb"]) -> Iterator[IO[Any]]:
+    """A file to write that takes the place of ``path`` when it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(fd, mode, encoding="utf-8" if mode == "w" else None) as f:
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.chmod(tmp, 0o666 & ~_umask())

@@ -42,32 +42,6 @@ def demo(args: argparse.Namespace, output: Output) -> int:
     return EXIT_OK if comparison["verdict"] == "promote" else EXIT_GATE_SAID_NO
 
 
-def data_prepare(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.data.prepare import prepare
-
-    report = prepare(args.domain, _pairs(args.source, "--source"), args.size, Path(args.out), seed=args.seed)
-    output.result(report.to_dict(), str(report))
-    return EXIT_OK
-
-
-def data_sources(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.data.sources import SOURCES
-
-    rows = [
-        {
-            "name": s.name,
-            "title": s.title,
-            "license": s.licence,
-            "domain": s.domain_hint,
-            "where_to_get": s.where_to_get,
-        }
-        for s in SOURCES.values()
-    ]
-    text = "\n".join(f"{r['name']}: {r['title']} ({r['license']})\n    {r['where_to_get']}" for r in rows)
-    output.result(rows, text)
-    return EXIT_OK
-
-
 def train(args: argparse.Namespace, output: Output) -> int:
     flags = {
         "model.name": args.model,

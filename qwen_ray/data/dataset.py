@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_ray.config import DataConfig
 from qwen_ray.data.formats import load_examples
 from qwen_ray.data.mixture import Mixture
-from qwen_ray.data.packing import Row, RowStream, pack
+from qwen_ray.data.packing import Row, RowStream, lengths_of, pack
 from qwen_ray.data.records import Record
+from qwen_ray.data.shares import temperature_weights
+from qwen_ray.data.split import lowest, number_of
+from qwen_ray.data.stream import RecordFiles, StreamedExamples, token_lengths
 from qwen_ray.data.tokenise import Example, tokenise
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import sha256_file
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-MAX_VALIDATION = 512
 
 
 @dataclass
@@ -35,6 +37,25 @@ class Dataset:
     manifest: dict[str, Any]
 
 
+class _Count(NamedTuple):
+    """Of records that something happened to: how many, and the id of the first."""
+
+    records: int
+    first: str
+
+
+@dataclass
+class _Pool:
+    """What is trained on, by domain. Nothing is lost without being counted."""
+
+    examples: Mapping[str, Sequence[Example]]
+    lengths: Mapping[str, Sequence[int]]
+    difficulty: Mapping[str, Sequence[float]]
+    """Empty without a curriculum."""
+    cut: _Count
+    dropped: _Count
+
+
 def build_dataset(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, context: int
 ) -> Dataset:
@@ -44,30 +65,41 @@ def build_dataset(
     """
     train, validation = load_splits(config, seed=seed)
     max_length = min(config.max_length, context)
-    examples, report = tokenise(train, tokenizer, max_length)
-    held_out, held_report = tokenise(validation, tokenizer, max_length)
-    for name, ids in (
-        ("cut", report.cut + held_report.cut),
-        ("dropped", report.dropped + held_report.dropped),
-    ):
-        if ids:
-            log.warning("%d records %s at %d tokens, the first: %s", len(ids), name, max_length, ids[0])
-    by_domain = _by_domain(examples)
-    sizes = {d: [len(e.ids) if config.unit == "tokens" else 1 for e in es] for d, es in by_domain.items()}
-    mixture = make_mixture(config, sizes, seed=seed)
-    stream = RowStream(
-        by_domain, mixture, max_length=max_length, packing=config.packing, window=config.packing_window
+    if isinstance(train, RecordFiles):
+        pool = _streamed(config, train, tokenizer, max_length)
+    else:
+        pool = _in_memory(config, train, tokenizer, max_length)
+    held_out, _ = tokenise(validation, tokenizer, max_length)
+    for name, count in (("cut", pool.cut), ("dropped", pool.dropped)):
+        if count.records:
+            log.warning(
+                "%d records %s at %d tokens, the first: %s", count.records, name, max_length, count.first
+            )
+    ones = {d: array("B", [1]) * len(lengths) for d, lengths in pool.lengths.items()}
+    mixture = make_mixture(
+        config, pool.lengths if config.unit == "tokens" else ones, seed=seed, difficulty=pool.difficulty
     )
+    stream = RowStream(
+        pool.examples,
+        mixture,
+        max_length=max_length,
+        packing=config.packing,
+        window=config.packing_window,
+        lengths=pool.lengths,
+    )
+    known = dict(zip(config.train, train.digests, strict=True)) if isinstance(train, RecordFiles) else {}
     manifest = {
-        "files": {path: sha256_file(Path(path)) for path in [*config.train, *config.validation]},
-        "train_records": {d: len(es) for d, es in sorted(by_domain.items())},
+        "files": {
+            path: known.get(path) or sha256_file(Path(path)) for path in [*config.train, *config.validation]
+        },
+        "train_records": {d: len(lengths) for d, lengths in sorted(pool.lengths.items())},
         "validation_records": len(held_out),
         "shares": mixture.shares,
         "stages": [{"until": until, "shares": shares} for until, shares in mixture.stages],
         "unit": config.unit,
         "max_length": max_length,
-        "cut": len(report.cut),
-        "dropped": len(report.dropped),
+        "cut": pool.cut.records,
+        "dropped": pool.dropped.records,
     }
     validation_rows = {
         domain: pack(es, max_length=max_length, packing=config.packing)
@@ -76,22 +108,92 @@ def build_dataset(
     return Dataset(stream, validation_rows, manifest)
 
 
-def make_mixture(config: DataConfig, sizes: Mapping[str, Sequence[int]], *, seed: int) -> Mixture:
+def make_mixture(
+    config: DataConfig,
+    sizes: Mapping[str, Sequence[int]],
+    *,
+    seed: int,
+    difficulty: Mapping[str, Sequence[float]] | None = None,
+) -> Mixture:
     """The mixture of ``config`` over domains with these costs; :class:`UserError` if they do not fit."""
-    stages = [(stage.until, stage.weights) for stage in config.stages]
-    return Mixture(sizes, config.weights, seed=seed, stages=stages)
+    weights: Mapping[str, float] = config.weights
+    if config.temperature is not None:
+        weights = temperature_weights({d: sum(s) for d, s in sizes.items()}, config.temperature)
+    return Mixture(
+        sizes,
+        weights,
+        seed=seed,
+        stages=[(stage.until, stage.weights) for stage in config.stages],
+        max_epochs=config.max_epochs,
+        curriculum=config.curriculum,
+        difficulty=difficulty,
+    )
 
 
-def load_splits(config: DataConfig, *, seed: int) -> tuple[list[Record], list[Record]]:
-    """Training and validation records. Raises :class:`UserError` for missing or malformed files."""
+def load_splits(config: DataConfig, *, seed: int) -> tuple[list[Record] | RecordFiles, list[Record]]:
+    """Training and validation records. Raises :class:`UserError` for missing or malformed files, and for
+    records without the difficulty that a curriculum needs.
+
+    With ``config.streaming`` the training records are read as one goes through them.
+    """
     if not config.train:
         raise UserError("no training data", where="data.train", fix="name a file: --data FILE")
+    validation = _read(config.validation)
+    fraction = 0.0 if validation else config.validation_fraction
+    if config.streaming:
+        files = RecordFiles(config.train, seed=seed, held_fraction=fraction)
+        if config.curriculum != "shuffled":
+            _need_difficulty(int((files.trains & (files.difficulty != files.difficulty)).sum()))
+        return files, validation or files.held
     records = _read(config.train)
-    if config.validation:
-        return records, _read(config.validation)
-    drawn = sorted((_fraction(f"{seed}/{r.id}"), r.id) for r in records)
-    held = {i for fraction, i in drawn[:MAX_VALIDATION] if fraction < config.validation_fraction}
-    return [r for r in records if r.id not in held], [r for r in records if r.id in held]
+    numbered = ((number_of(r.id, seed=seed), r.id) for r in records)
+    held = {i for _, i in lowest(n for n in numbered if n[0] < fraction)}
+    train = [r for r in records if r.id not in held]
+    if config.curriculum != "shuffled":
+        _need_difficulty(sum(r.difficulty is None for r in train))
+    return train, validation or [r for r in records if r.id in held]
+
+
+def _in_memory(
+    config: DataConfig, train: list[Record], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> _Pool:
+    examples, report = tokenise(train, tokenizer, max_length)
+    by_domain = _by_domain(examples)
+    difficulty: dict[str, array[float]] = {}
+    if config.curriculum != "shuffled":
+        of = {r.id: r.difficulty or 0.0 for r in train}
+        difficulty = {d: array("d", (of[e.id] for e in es)) for d, es in by_domain.items()}
+    cut, dropped = (_Count(len(ids), "".join(ids[:1])) for ids in (report.cut, report.dropped))
+    return _Pool(by_domain, lengths_of(by_domain), difficulty, cut, dropped)
+
+
+def _streamed(
+    config: DataConfig, files: RecordFiles, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> _Pool:
+    length, is_cut = token_lengths(files, tokenizer, max_length)
+    kept = files.trains & (length > 0)
+    examples, lengths, difficulty = {}, {}, {}
+    for number, domain in enumerate(files.domains):
+        chosen = kept & (files.domain == number)
+        if chosen.any():
+            examples[domain] = StreamedExamples(files, files.places(chosen), tokenizer, max_length)
+            lengths[domain] = array("i", length[chosen].tobytes())
+            if config.curriculum != "shuffled":
+                difficulty[domain] = array("d", files.difficulty[chosen].tobytes())
+    cut, dropped = (
+        _Count(int(which.sum()), files.read(int(which.argmax())).id)
+        for which in (files.trains & is_cut, files.trains & (length == 0))
+    )
+    return _Pool(examples, lengths, difficulty, cut, dropped)
+
+
+def _need_difficulty(missing: int) -> None:
+    if missing:
+        raise UserError(
+            f"{missing} training records have no difficulty to order them by",
+            where="data.curriculum",
+            fix="make it: qwen-ray data prepare --difficulty MODEL, or data.curriculum=shuffled",
+        )
 
 
 def _read(paths: list[str]) -> list[Record]:
@@ -114,8 +216,3 @@ def _by_domain(examples: list[Example]) -> dict[str, list[Example]]:
     for example in examples:
         grouped[example.domain].append(example)
     return dict(grouped)
-
-
-def _fraction(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64

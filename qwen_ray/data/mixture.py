@@ -1,39 +1,57 @@
 """Mixture: in what order examples of several domains are drawn.
 
-Shares are exact by construction, not on average: each draw goes to the domain that is furthest behind its
-share, so after any number of draws a domain is off by less than the number of domains (in examples), or by
-that many of the longest examples (in tokens). Within a domain examples come in an order that is shuffled
-anew each pass; a domain that runs out starts its next pass, independent of the others.
+Shares are exact by construction, not on average: each draw goes to the domain that is furthest behind what
+is due to it. Counted in examples, a domain of k is never a whole example ahead of its due, and behind by at
+most 1/2 + 1/3 + ... + 1/k: as in the cup game, where the fullest of k cups is emptied, the j fullest hold
+on average at most 1/(j+1) more than the j + 1 fullest, and all k together hold nothing. So up to six domains
+any run of draws holds each share to within three examples. Counted in tokens, no domain is ahead by the
+longest example, hence none behind by k - 1 of them, and any run is exact to within k of the longest.
 
-Shares may change over the run, in stages (a curriculum). A domain's due is then its shares summed over the
-stages so far, so the exactness holds over the whole run and in each stage.
+What is due changes over the run, in phases: where a stage of a curriculum ends, and where a domain has had
+the passes it is allowed (``max_epochs``) and leaves its share to the others. A domain's due is its shares
+summed over the phases so far, so the exactness holds over the whole run and in each phase.
 
 The order depends on the seed alone, never on the number of workers; the state is a few integers.
 """
 
 from __future__ import annotations
 
-import random
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from qwen_ray.data.order import Curriculum, Order
+from qwen_ray.data.shares import Stages, shares_of, stages_of
 from qwen_ray.errors import UserError
-
-Stages = Sequence[tuple[float, Mapping[str, float]]]
-"""``(until, weights)``: where each stage ends, as a share of the run, and its weights."""
 
 _ROUNDING = 1e-9
 
 
+class UsedUp(Exception):
+    """Every domain has had all the passes it is allowed."""
+
+
+class Phase(NamedTuple):
+    """A part of the run in which shares stay the same. Costs are in the unit of the weights."""
+
+    start: float
+    """Cost drawn before it, all domains together."""
+    shares: dict[str, float]
+    due: dict[str, float]
+    """What is due to each domain at the start."""
+
+
 class Mixture:
-    """An endless, resumable stream of ``(domain, index)``.
+    """A resumable stream of ``(domain, index)``, endless unless every domain has a limit.
 
     ``sizes`` maps each domain to the cost of each of its examples in the unit of the weights: token counts,
     or ones. ``weights`` maps domains to shares (any positive scale); empty means by size. ``stages`` are
-    given instead of weights; where they change is fixed by :meth:`plan`. The last one goes on for ever.
+    given instead of weights; where they change is fixed by :meth:`plan`, and the last one goes on for ever.
+    ``max_epochs`` maps domains to the passes over their examples after which they leave. ``difficulty`` maps
+    each domain to a number for each example, by which a ``curriculum`` orders them.
 
-    Raises :class:`UserError` for weights that do not fit the data, and for stages that are not in order.
+    Raises :class:`UserError` for weights or limits that do not fit the data, and stages out of order.
     """
 
     def __init__(
@@ -43,50 +61,70 @@ class Mixture:
         *,
         seed: int = 0,
         stages: Stages = (),
+        max_epochs: Mapping[str, float] | None = None,
+        curriculum: Curriculum = "shuffled",
+        difficulty: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        sizes = {d: s for d, s in sorted(sizes.items()) if s}
-        if stages:
-            if weights:
-                raise UserError(
-                    "weights and stages are both given", where="data.stages", fix="give the one or the other"
-                )
-            untils = [until for until, _ in stages]
-            if any(a >= b for a, b in zip([0.0, *untils], untils, strict=False)):
-                raise UserError(
-                    f"stages end at {', '.join(f'{u:g}' for u in untils)}, which does not ascend",
-                    where="data.stages",
-                    fix="put them in the order of the run, each 'until' above the one before",
-                )
-            if abs(untils[-1] - 1) > _ROUNDING:
-                raise UserError(
-                    f"the last stage ends at {untils[-1]:g}", where="data.stages", fix="let it end at 1"
-                )
-            given = [
-                (until, _shares(sizes, w, where=f"data.stages.{i}.weights"))
-                for i, (until, w) in enumerate(stages)
-            ]
-        else:
-            given = [(1.0, _shares(sizes, weights or {}, where="data.weights"))]
+        sizes = {d: s for d, s in sorted(sizes.items()) if len(s)}
+        if stages and weights:
+            raise UserError(
+                "weights and stages are both given", where="data.stages", fix="give the one or the other"
+            )
         self.seed = seed
-        self.stages: list[tuple[float, dict[str, float]]] = given
-        """``(until, shares)`` of each stage; one stage without a curriculum. Shares add up to 1."""
-        starts = [0.0, *(until for until, _ in given)]
+        costs = {d: sum(s) for d, s in sizes.items()}
+        self.stages: list[tuple[float, dict[str, float]]] = (
+            stages_of(costs, stages) if stages else [(1.0, shares_of(costs, weights or {}))]
+        )
+        """``(until, shares)`` of each stage; one stage if weights do not change. Shares add up to 1."""
+        starts = [0.0, *(until for until, _ in self.stages)]
         over_run = {
-            d: sum((until - start) * shares[d] for start, (until, shares) in zip(starts, given, strict=False))
+            d: sum(
+                (until - start) * shares[d]
+                for start, (until, shares) in zip(starts, self.stages, strict=False)
+            )
             for d in sizes
         }
+        if len(self.stages) == 1:
+            over_run = self.stages[0][1]
         self.shares: dict[str, float] = {d: share for d, share in over_run.items() if share > 0}
-        """Share of each domain in the whole run."""
-        if len(given) == 1:
-            self.shares = {d: share for d, share in given[0][1].items() if share > 0}
+        """Share of each domain in the whole run, as long as none has had all its passes."""
         self._sizes = {d: sizes[d] for d in self.shares}
-        self.costs: dict[str, int] = {d: sum(s) for d, s in self._sizes.items()}
+        self.costs: dict[str, int] = {d: costs[d] for d in self.shares}
         """Cost of all examples of each domain that is drawn from."""
+        self._orders = {
+            d: Order(f"{seed}/{d}", len(s), curriculum=curriculum, difficulty=(difficulty or {}).get(d))
+            for d, s in self._sizes.items()
+        }
+        self.limits: dict[str, int] = {}
+        """Examples after which a domain leaves."""
+        self._limit_costs: dict[str, int] = {}
+        for domain, epochs in (max_epochs or {}).items():
+            self._limit(domain, epochs, have=sizes)
+        self.needs_length = len(self.stages) > 1 or curriculum != "shuffled"
+        """Whether the order depends on the length of the run."""
         self._served = dict.fromkeys(self.shares, 0)
         self._drawn = dict.fromkeys(self.shares, 0)
         self._total = 0
-        self._orders: dict[str, tuple[int, list[int]]] = {}
+        self.pass_length = self._length(1.0)
+        """Cost of one pass: the longest run in which no domain without a limit has to repeat an example;
+        all that the limits allow, if each has one. With stages, their places are those of that run."""
         self.plan(self.pass_length)
+
+    def _limit(self, domain: str, epochs: float, *, have: Mapping[str, Sequence[int]]) -> None:
+        if domain not in have:
+            raise UserError(
+                f"domain '{domain}' has a limit of {epochs:g} epochs but no data",
+                where="data.max_epochs",
+                fix=f"add data for it, or name one of: {', '.join(have)}",
+            )
+        if domain not in self.shares:
+            return
+        size = self._sizes[domain]
+        limit = max(1, math.floor(epochs * len(size) + _ROUNDING))
+        passes, rest = divmod(limit, len(size))
+        last = self._orders[domain].shuffled(passes)[:rest] if rest else ()
+        self.limits[domain] = limit
+        self._limit_costs[domain] = passes * self.costs[domain] + sum(size[i] for i in last)
 
     def plan(self, total: float) -> None:
         """Fix where the stages change, for a run of ``total`` cost. Default: one pass.
@@ -94,21 +132,41 @@ class Mixture:
         To be called before anything is drawn, or before :meth:`load_state` of a run of the same length.
         """
         self.total = total
-        self._ends = [until * total for until, _ in self.stages[:-1]]
-        self._starts = [0.0, *self._ends]
-        due = dict.fromkeys(self.shares, 0.0)
-        self._due = [due]
-        for start, end, (_, shares) in zip(self._starts, self._ends, self.stages, strict=False):
-            due = {d: due[d] + (end - start) * shares[d] for d in due}
-            self._due.append(due)
+        self._phases = self._flow(total)
+        self._starts = [phase.start for phase in self._phases[1:]]
+        self._next: tuple[str, int] | None = None
+        for domain, due in _due_at(self._phases, total).items():
+            mean = self.costs[domain] / len(self._sizes[domain])
+            self._orders[domain].plan(math.ceil(due / mean - _ROUNDING * due))
 
-    @property
-    def pass_length(self) -> float:
-        """Cost of one pass: the longest run in which no domain has to repeat an example.
+    def plan_passes(self, passes: float) -> int:
+        """:meth:`plan` for ``passes`` passes; returns how many examples they draw. Ends at the start.
 
-        With stages, that is the run whose stages together use up the first domain.
+        Every example of a domain that limits a pass is among them so many times.
         """
-        return min(self.costs[d] / share for d, share in self.shares.items())
+        total = self._length(passes)
+        self.plan(total)
+        self.rewind()
+        due = _due_at(self._phases, total)
+        # A limiting domain may be a little behind its share just then; its last examples are waited for.
+        wanted = {
+            d: passes * cost - 0.5
+            for d, cost in self.costs.items()
+            if d not in self.limits and due[d] >= passes * cost * (1 - _ROUNDING)
+        }
+        while not self.used_up and (
+            self._total < total * (1 - _ROUNDING) or any(self._served[d] < cost for d, cost in wanted.items())
+        ):
+            self.draw()
+        drawn = self.drawn
+        self.rewind()
+        return drawn
+
+    def passes(self, cost: float) -> float:
+        """How many passes the first ``cost`` of the planned run make."""
+        if not self.limits:
+            return cost / self.pass_length
+        return self._passes(self._phases, cost)
 
     @property
     def served(self) -> int:
@@ -120,43 +178,26 @@ class Mixture:
         """Number of examples drawn so far."""
         return sum(self._drawn.values())
 
-    def completed(self, passes: float) -> bool:
-        """Whether ``passes`` passes are drawn: every example of the limiting domains so many times."""
-        length = self.pass_length
-        if self._total < passes * length * (1 - _ROUNDING):
-            return False
-        # The limiting domain may be a little behind its share just then; its last examples are waited for.
-        return all(
-            passes * self.costs[d] - self._served[d] <= 0.5
-            for d, share in self.shares.items()
-            if self.costs[d] / share <= length * (1 + _ROUNDING)
-        )
+    @property
+    def used_up(self) -> bool:
+        """Whether nothing is left to draw."""
+        if self._next is None:
+            domain = self._choose()
+            self._next = None if domain is None else (domain, self._orders[domain][self._drawn[domain]])
+        return self._next is None
 
     def cost(self, domain: str, index: int) -> int:
         """What an example counts, in the unit of the weights."""
         return self._sizes[domain][index]
 
     def peek(self) -> tuple[str, int]:
-        """The next ``(domain, index)``, without drawing it."""
-        stage = bisect_right(self._ends, self._total)
-        shares, due = self.stages[stage][1], self._due[stage]
-        ahead = self._total + 1 - self._starts[stage]
-        served = self._served
-        domain = max(due, key=lambda d: due[d] + shares[d] * ahead - served[d])
-        if stage:
-            # A domain that is left out from here on first gets what it is owed, to the nearest example.
-            owed = {d: due[d] - served[d] for d in due if not shares[d] and due[d] - served[d] > 0.25}
-            if owed:
-                domain = max(owed, key=lambda d: owed[d])
-            elif not shares[domain]:
-                domain = max(
-                    (d for d in due if shares[d]), key=lambda d: due[d] + shares[d] * ahead - served[d]
-                )
-        number, position = divmod(self._drawn[domain], len(self._sizes[domain]))
-        return domain, self._order(domain, number)[position]
+        """The next ``(domain, index)``, without drawing it. Raises :class:`UsedUp`."""
+        if self.used_up or self._next is None:
+            raise UsedUp
+        return self._next
 
     def draw(self) -> tuple[str, int]:
-        """The next ``(domain, index)``."""
+        """The next ``(domain, index)``. Raises :class:`UsedUp`."""
         domain, index = self.peek()
         self._move(domain, index, 1)
         return domain, index
@@ -170,6 +211,7 @@ class Mixture:
         self._drawn[domain] += by
         self._served[domain] += cost
         self._total += cost
+        self._next = None
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands; JSON."""
@@ -183,46 +225,79 @@ class Mixture:
         self._drawn = {d: int(state["drawn"][d]) for d in self.shares}
         self._served = {d: int(state["served"][d]) for d in self.shares}
         self._total = sum(self._served.values())
+        self._next = None
 
     def rewind(self) -> None:
         """Back to the start."""
         self.load_state({"drawn": dict.fromkeys(self.shares, 0), "served": dict.fromkeys(self.shares, 0)})
 
-    def _order(self, domain: str, number: int) -> list[int]:
-        cached = self._orders.get(domain)
-        if cached is None or cached[0] != number:
-            order = list(range(len(self._sizes[domain])))
-            random.Random(f"{self.seed}/{domain}/{number}").shuffle(order)
-            cached = self._orders[domain] = (number, order)
-        return cached[1]
+    def _choose(self) -> str | None:
+        """The domain that is furthest behind its due; None if all have had what they may."""
+        served = self._served
+        left = [d for d, n in self._drawn.items() if n < self.limits.get(d, math.inf)]
+        for k in range(bisect_right(self._starts, self._total), len(self._phases)):
+            start, shares, due = self._phases[k]
+            if k:
+                # A domain that is left out from here on first gets what it is owed, to the nearest example.
+                owed = {d: due[d] - served[d] for d in left if not shares[d] and due[d] - served[d] > 0.25}
+                if owed:
+                    return max(owed, key=lambda d: owed[d])
+            ahead = self._total + 1 - start
+            behind = {d: due[d] + shares[d] * ahead - served[d] for d in left if shares[d]}
+            if behind:
+                return max(behind, key=lambda d: behind[d])
+        return None
+
+    def _flow(self, total: float) -> list[Phase]:
+        """The phases of a run of ``total``, if examples could be divided at will."""
+        phases: list[Phase] = []
+        due = dict.fromkeys(self.shares, 0.0)
+        at = skipped = 0.0
+        for i, (until, weights) in enumerate(self.stages):
+            end = math.inf if i + 1 == len(self.stages) else until * total - skipped
+            while at < end:
+                left = {d: weights[d] for d in due if weights[d] and due[d] < self._cap(d)}
+                if not left:  # the stage has nothing more to give, so the next begins
+                    skipped += 0 if end == math.inf else end - at
+                    break
+                whole = 1.0 if len(left) == sum(w > 0 for w in weights.values()) else sum(left.values())
+                shares = {d: left.get(d, 0.0) / whole for d in due}
+                phases.append(Phase(at, shares, due))
+                ends = {d: at + (self._cap(d) - due[d]) / shares[d] for d in left}
+                then = min(end, *ends.values())
+                if then == math.inf:
+                    return phases
+                due = {
+                    d: self._cap(d) if ends.get(d, math.inf) <= then else due[d] + (then - at) * shares[d]
+                    for d in due
+                }
+                at = then
+        return [*phases, Phase(at, dict.fromkeys(due, 0.0), due)]
+
+    def _cap(self, domain: str) -> float:
+        return self._limit_costs.get(domain, math.inf)
+
+    def _length(self, passes: float) -> float:
+        """Cost of ``passes`` passes."""
+        if not self.limits:
+            return passes * min(self.costs[d] / share for d, share in self.shares.items())
+        everything = sum(self._limit_costs.values())
+        if len(self.limits) == len(self.shares):
+            return min(1.0, passes) * everything
+        low, high = 0.0, everything + passes * sum(c for d, c in self.costs.items() if d not in self.limits)
+        while low < (middle := (low + high) / 2) < high:  # until no number lies between
+            if self._passes(self._flow(middle), middle) < passes:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def _passes(self, phases: list[Phase], cost: float) -> float:
+        due = _due_at(phases, cost)
+        free = [due[d] / c for d, c in self.costs.items() if d not in self.limits]
+        return max(free) if free else cost / sum(self._limit_costs.values())
 
 
-def _shares(
-    sizes: Mapping[str, Sequence[int]], weights: Mapping[str, float], *, where: str
-) -> dict[str, float]:
-    """Share of every domain that has data, adding up to 1. Without weights, by size."""
-    for domain, weight in weights.items():
-        if weight > 0 and domain not in sizes:
-            have = ", ".join(sizes) or "none"
-            raise UserError(
-                f"domain '{domain}' has weight {weight:g} but no data",
-                where=where,
-                fix=f"add data for it, or name one of: {have}",
-            )
-    if not weights:
-        if not sizes:
-            raise UserError("no training data", where="data.train", fix="name a file: --data FILE")
-        total: float = sum(sum(s) for s in sizes.values())
-        return {d: sum(s) / total for d, s in sizes.items()}
-    for domain in sizes:
-        if domain not in weights:
-            how = f": --set {where}.{domain}=0.1" if where == "data.weights" else ""
-            raise UserError(
-                f"domain '{domain}' has data but no weight",
-                where=where,
-                fix=f"give it one (0 leaves it out){how}",
-            )
-    total = sum(weights.values())
-    if total <= 0:
-        raise UserError("all weights are zero", where=where, fix="give one domain a weight")
-    return {d: weights[d] / total for d in sizes}
+def _due_at(phases: list[Phase], cost: float) -> dict[str, float]:
+    start, shares, due = phases[max(0, bisect_right(phases, cost, key=lambda p: p.start) - 1)]
+    return {d: value + (cost - start) * shares[d] for d, value in due.items()}

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwen_ray.data.mixture import Mixture
+from qwen_ray.data.mixture import Mixture, UsedUp
 from qwen_ray.data.tokenise import IGNORE, Example
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Row:
 
 
 class RowStream:
-    """An endless, resumable stream of rows drawn from a mixture.
+    """A resumable stream of rows drawn from a mixture; it ends where the mixture is used up.
 
     With packing, examples are drawn in the mixture's order until no more fit into ``window`` rows, packed by
     best fit (:func:`pack`), and given out in a shuffled order, so that a row's size does not depend on when
@@ -51,6 +52,9 @@ class RowStream:
     window and the number of rows given out since; the window is made anew from it.
 
     Without packing a row is one example, and there is no window.
+
+    Rows are laid out by the ``lengths`` of examples (tokens; those of ``examples`` if not given); an example
+    itself is looked up when its row is given out.
     """
 
     def __init__(
@@ -61,19 +65,22 @@ class RowStream:
         max_length: int,
         packing: bool,
         window: int = 64,
+        lengths: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self._examples, self.mixture = examples, mixture
+        self._lengths = lengths_of(examples) if lengths is None else lengths
         self._max_length, self._packing, self._window = max_length, packing, window
         self._end: int | None = None
         """The draw at which the planned run ends: a window never reaches beyond it."""
         self._start = mixture.state()
         self._served = 0
-        self._rows: list[tuple[Row, int]] = []
-        """Rows of the window with what they cost in the mixture's unit; ``_given`` of them are out."""
+        self._rows: list[tuple[list[tuple[str, int]], int]] = []
+        """Draws of each row of the window with what they cost in the mixture's unit; ``_given`` are out."""
         self._given = 0
 
     def plan(self, *, rows: int | None = None, passes: float = 1.0) -> int:
-        """Fix the length of the run: ``rows`` rows, else ``passes`` passes. Returns its number of rows.
+        """Fix the length of the run: ``rows`` rows, else ``passes`` passes. Returns its number of rows,
+        which is smaller where the mixture is used up before.
 
         That decides where the mixture's stages change, and where the last window is cut: the rows of a run
         of n whole passes hold every example of the domain that limits a pass n times or more. To be called
@@ -83,24 +90,19 @@ class RowStream:
         state = self.state()
         self._end = None
         if rows is None:
-            mixture.plan(passes * mixture.pass_length)
-            mixture.rewind()
-            while not mixture.completed(passes):
-                mixture.draw()
-            self._end = mixture.drawn
+            self._end = mixture.plan_passes(passes)
             self._rewind()
             rows = 0
             while rows == 0 or mixture.drawn < self._end or self._given < len(self._rows):
-                self.next_row()
+                self._next_draws()
                 rows += 1
-        elif len(mixture.stages) > 1:
-            total = rows / self._rows_a_cost()
-            mixture.plan(total)
-            if self._packing:
-                # Rows are not quite full; how full shows when they are made.
-                self._rewind()
-                tokens = sum(self.next_row().tokens for _ in range(rows))
-                mixture.plan(total * tokens / (rows * self._max_length))
+        else:
+            if mixture.needs_length:
+                mixture.plan(rows / self._rows_a_cost())
+                self._skip(rows)  # rows are not quite full; how full shows when they are made
+                mixture.plan(self._served)
+            if mixture.limits:
+                rows = self._skip(rows)
         self.load_state(state)
         return rows
 
@@ -121,20 +123,25 @@ class RowStream:
     @property
     def passes(self) -> float:
         """Passes over the mixture given out so far."""
-        return self._served / self.mixture.pass_length
+        return self.mixture.passes(self._served)
 
     def next_row(self) -> Row:
-        """The next row; never longer than ``max_length`` tokens, as no example is."""
+        """The next row; never longer than ``max_length`` tokens, as no example is. Raises
+        :class:`~qwen_ray.data.mixture.UsedUp` after the last."""
+        return Row(tuple(self._examples[domain][index] for domain, index in self._next_draws()))
+
+    def _next_draws(self) -> list[tuple[str, int]]:
+        """What the next row holds."""
         if not self._packing:
-            domain, index = self.mixture.draw()
+            draw = self.mixture.draw()
             self._served = self.mixture.served
-            return Row((self._examples[domain][index],))
+            return [draw]
         if self._given == len(self._rows):
             self._open_window()
-        row, cost = self._rows[self._given]
+        draws, cost = self._rows[self._given]
         self._given += 1
         self._served += cost
-        return row
+        return draws
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands; JSON."""
@@ -149,14 +156,14 @@ class RowStream:
         self.mixture.load_state(state)
         self._rows, self._given, self._served = [], 0, self.mixture.served
         for _ in range(state.get("given", 0)):
-            self.next_row()
+            self._next_draws()
 
     def _rows_a_cost(self) -> float:
         """Rows that a unit of cost makes over the whole run, if they are full."""
         mixture, total = self.mixture, 0.0
         for domain, share in mixture.shares.items():
-            examples = self._examples[domain]
-            rows = sum(len(e.ids) for e in examples) / self._max_length if self._packing else len(examples)
+            lengths = self._lengths[domain]
+            rows = sum(lengths) / self._max_length if self._packing else len(lengths)
             total += share * rows / mixture.costs[domain]
         return total
 
@@ -164,16 +171,28 @@ class RowStream:
         self.mixture.rewind()
         self._rows, self._given, self._served = [], 0, 0
 
+    def _skip(self, rows: int) -> int:
+        """Go through the first ``rows`` rows without making them; returns how many there are."""
+        self._rewind()
+        for n in range(rows):
+            try:
+                self._next_draws()
+            except UsedUp:
+                return n
+        return rows
+
     def _open_window(self) -> None:
         """Draw and pack the longest run of examples that fits into the window's rows."""
         mixture = self.mixture
+        if mixture.used_up:
+            raise UsedUp
         self._start, first = mixture.state(), mixture.drawn
         room = self._window * self._max_length
         drawn: list[tuple[str, int]] = []
         lengths: list[int] = []
-        while self._end is None or first >= self._end or mixture.drawn < self._end:
+        while not mixture.used_up and (self._end is None or first >= self._end or mixture.drawn < self._end):
             domain, index = mixture.peek()
-            length = len(self._examples[domain][index].ids)
+            length = self._lengths[domain][index]
             if drawn and length > room:
                 break
             room -= length
@@ -190,14 +209,13 @@ class RowStream:
                 mixture.undraw(*drawn.pop())
             bins = best_fit(lengths, self._max_length)
         random.Random(f"{mixture.seed}/rows/{first}").shuffle(bins)
-        self._rows = [
-            (
-                Row(tuple(self._examples[drawn[i][0]][drawn[i][1]] for i in b)),
-                sum(mixture.cost(*drawn[i]) for i in b),
-            )
-            for b in bins
-        ]
+        self._rows = [([drawn[i] for i in b], sum(mixture.cost(*drawn[i]) for i in b)) for b in bins]
         self._given = 0
+
+
+def lengths_of(examples: Mapping[str, Iterable[Example]]) -> dict[str, Sequence[int]]:
+    """Tokens of each example, by domain; 4 bytes each."""
+    return {domain: array("I", (len(e.ids) for e in members)) for domain, members in examples.items()}
 
 
 def best_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
@@ -251,6 +269,8 @@ class Batch:
     """[S] int64: positions whose hidden state predicts a token that carries loss, the one after."""
     targets: torch.Tensor
     """[S] int64: the tokens they predict."""
+    domains: torch.Tensor
+    """[S] int64: the number of the domain that each of these tokens is of."""
     tokens: int
     """Number of tokens without padding."""
     supervised: int
@@ -274,14 +294,22 @@ class Batch:
             offsets=move(self.offsets),
             where=move(self.where),
             targets=move(self.targets),
+            domains=move(self.domains),
         )
 
 
-def collate(rows: Sequence[Row], pad_id: int, *, pad_to: int | None = None) -> Batch:
+def collate(
+    rows: Sequence[Row],
+    pad_id: int,
+    *,
+    pad_to: int | None = None,
+    domains: Mapping[str, int] | None = None,
+) -> Batch:
     """Make a :class:`Batch` of rows, on the CPU.
 
     ``pad_to`` fixes T: the rest is documents of ``pad_id`` without loss, none longer than the longest real
-    one. Without any row the batch is one token of padding. Raises ValueError if the rows are longer.
+    one. Without any row the batch is one token of padding. ``domains`` numbers the domains; without it all
+    are 0. Raises ValueError if the rows are longer.
     """
     import numpy as np
     import torch
@@ -305,6 +333,7 @@ def collate(rows: Sequence[Row], pad_id: int, *, pad_to: int | None = None) -> B
     labels[offsets[:-1]] = IGNORE  # nothing predicts the first token of a document
     (predicted,) = np.nonzero(labels != IGNORE)
     position_ids = np.arange(total) - np.repeat(offsets[:-1], lengths)
+    numbers = np.array([(domains or {}).get(e.domain, 0) for e in documents], dtype=np.int64)
     return Batch(
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(position_ids)[None],
@@ -312,6 +341,7 @@ def collate(rows: Sequence[Row], pad_id: int, *, pad_to: int | None = None) -> B
         lengths=tuple(lengths),
         where=torch.from_numpy(predicted - 1),
         targets=torch.from_numpy(labels[predicted]),
+        domains=torch.from_numpy(np.repeat(numbers, [e.supervised for e in documents])),
         tokens=tokens,
         supervised=len(predicted),
     )

@@ -11,6 +11,7 @@ One JSON object a line::
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,10 @@ class Record:
             row["difficulty"] = self.difficulty
         return row
 
+    def line(self) -> bytes:
+        """The line of a JSONL file."""
+        return json.dumps(self.to_dict(), ensure_ascii=False).encode() + b"\n"
+
     @staticmethod
     def from_dict(row: Any, *, where: str) -> Record:
         """Check one JSON object. ``where`` (file:line) goes into the error."""
@@ -79,8 +84,18 @@ class Record:
             domain=row["domain"],
             source=row["source"],
             license=row["license"],
-            difficulty=None if difficulty is None else float(difficulty),
+            difficulty=None if difficulty is None else _finite(difficulty, where),
         )
+
+
+def _finite(value: int | float, where: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise UserError("'difficulty' must be a finite number", where=where)
+    return number
 
 
 def parse_messages(value: Any, *, where: str) -> tuple[Message, ...]:

@@ -7,7 +7,6 @@ another. Qwen's are.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,6 +16,7 @@ from qwen_ray.data.records import Record
 from qwen_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
@@ -92,16 +92,15 @@ def tokenise(
         encoded = tokenizer(
             [text for text, _ in rendered],
             add_special_tokens=False,
-            return_offsets_mapping=True,
             return_attention_mask=False,
             verbose=False,  # it would warn of texts longer than the model's context, which are cut below
         )
-        parts = zip(chunk, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        for record, (_, spans), all_ids, offsets in parts:
+        parts = zip(chunk, rendered, encoded["input_ids"], encoded.encodings, strict=True)
+        for record, (_, spans), all_ids, encoding in parts:
             ids = all_ids[:max_length]
             if len(all_ids) > max_length:
                 report.cut.append(record.id)
-            labels = _labels(ids, offsets, spans)
+            labels = _labels(all_ids, encoding, spans)[:max_length]
             labels[:1] = [IGNORE]  # nothing predicts the first token of an isolated document
             if labels.count(IGNORE) == len(labels):
                 report.dropped.append(record.id)
@@ -110,14 +109,37 @@ def tokenise(
     return examples, report
 
 
-def _labels(ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-    """``ids`` where the token lies wholly inside a span, else -100. Offsets and spans ascend."""
+def _labels(ids: list[int], encoding: Encoding, spans: list[tuple[int, int]]) -> list[int]:
+    """``ids`` where the token lies wholly inside a span, else -100.
+
+    The encoding is asked for the ends of each span only: the offsets of every token, as Python objects, cost
+    about a quarter of the tokenising itself.
+    """
     labels = [IGNORE] * len(ids)
     for start, end in spans:
-        for t in range(bisect_left(offsets, (start, 0)), len(ids)):
-            a, b = offsets[t]
-            if a >= end:
-                break
-            if a < b <= end:
-                labels[t] = ids[t]
+        first = _token_of(encoding, range(start, end))
+        last = _token_of(encoding, range(end - 1, start - 1, -1))
+        if first is None or last is None:
+            continue
+        while first <= last and _place(encoding, first)[0] < start:
+            first += 1
+        # A character of several tokens is found at its first.
+        while last + 1 < len(ids) and start <= _place(encoding, last + 1)[0] < end:
+            last += 1
+        while first <= last and _place(encoding, last)[1] > end:
+            last -= 1
+        labels[first : last + 1] = ids[first : last + 1]
     return labels
+
+
+def _token_of(encoding: Encoding, characters: range) -> int | None:
+    """The token of the first of these characters that has one: a normaliser may have taken some away."""
+    found = (encoding.char_to_token(at) for at in characters)
+    return next((token for token in found if token is not None), None)
+
+
+def _place(encoding: Encoding, token: int) -> tuple[int, int]:
+    """The characters ``[start, end)`` of a token."""
+    place = encoding.token_to_chars(token)
+    assert place is not None  # only for tokens of no sequence, and none are added
+    return place

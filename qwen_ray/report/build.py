@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from qwen_ray.config import read_config
-from qwen_ray.data.records import Record
+from qwen_ray.fsio import read_json
+from qwen_ray.registry import LINEAGE
 from qwen_ray.report.html import ExtraComparison, MixturePart, NoteSection, write_report
 from qwen_ray.report.plots import RunCurve
-from qwen_ray.training.driver import CONFIG
+from qwen_ray.training.driver import CONFIG, RUN
 from qwen_ray.training.tracking import read_metrics
 
 PACKAGES = ("qwen-ray", "torch", "ray", "transformers", "peft", "lm-eval")
@@ -54,24 +55,19 @@ def _mixture(run: Path) -> list[MixturePart]:
 
     config = read_config(run / CONFIG)
     records, _ = load_splits(config.data, seed=config.seed)
-    total = sum(config.data.weights.values())
-    parts = []
-    for domain, members in _by_domain(records).items():
-        weight = config.data.weights.get(domain, 0.0)
-        parts.append(
-            MixturePart(
-                name=domain,
-                role="training data",
-                records=len(members),
-                share=weight / total if total else len(members) / len(records),
-                licences=sorted({r.license for r in members}),
-            )
-        )
-    return parts
-
-
-def _by_domain(records: Iterable[Record]) -> dict[str, list[Record]]:
-    grouped: dict[str, list[Record]] = {}
+    counts: Counter[str] = Counter()
+    licences: dict[str, set[str]] = {}
     for record in records:
-        grouped.setdefault(record.domain, []).append(record)
-    return dict(sorted(grouped.items()))
+        counts[record.domain] += 1
+        licences.setdefault(record.domain, set()).add(record.license)
+    shares = read_json(run / read_json(run / RUN)["result"]["artifact"] / LINEAGE)["data"]["shares"]
+    return [
+        MixturePart(
+            name=domain,
+            role="training data",
+            records=count,
+            share=shares.get(domain, 0.0),
+            licences=sorted(licences[domain]),
+        )
+        for domain, count in sorted(counts.items())
+    ]

@@ -54,6 +54,7 @@ _FREE: dict[str, Any] = {
     "tracking": True,
     "out": True,
     "optim": {"batch_size", "gradient_accumulation"},
+    "data": {"streaming"},
 }
 
 
@@ -106,6 +107,9 @@ def _absolute(config: RunConfig) -> RunConfig:
     config.out = str(Path(config.out).expanduser().resolve())
     config.data.train = [str(Path(p).expanduser().resolve()) for p in config.data.train]
     config.data.validation = [str(Path(p).expanduser().resolve()) for p in config.data.validation]
+    config.evaluate.suites = [
+        str(Path(s).expanduser().resolve()) if "/" in s else s for s in config.evaluate.suites
+    ]
     if Path(config.model.name).is_dir():
         config.model.name = str(Path(config.model.name).resolve())
     return config

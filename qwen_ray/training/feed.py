@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from qwen_ray.data.mixture import UsedUp
 from qwen_ray.data.packing import Batch, Row, RowStream, collate
 from qwen_ray.data.tokenise import IGNORE, Example
 from qwen_ray.training.throughput import attended_length
@@ -22,6 +24,8 @@ class Step:
     ids: list[str]
     tokens: int
     supervised: int
+    supervised_of: dict[str, int]
+    """Supervised tokens of each domain that has any."""
     padded: int
     """Tokens that are computed, padding among them; this worker's times the number of workers."""
     attended: float
@@ -42,6 +46,8 @@ class Feed:
     pad_id: int
     pad_to: int | None = None
     """Length of a row of fixed-size batches; without it batches are as long as their documents."""
+    domains: Mapping[str, int] = field(default_factory=dict)
+    """The number of each domain, by which a batch names it."""
 
     def batches(self, rows: Sequence[Row]) -> list[Batch]:
         """This rank's share of ``rows``; every rank gets equally many batches."""
@@ -50,12 +56,13 @@ class Feed:
         own += [blank] * (-(-len(rows) // self.world_size) - len(own))
         length = self.pad_to and self.pad_to * self.batch_size
         return [
-            collate(own[i : i + self.batch_size], self.pad_id, pad_to=length)
+            collate(own[i : i + self.batch_size], self.pad_id, pad_to=length, domains=self.domains)
             for i in range(0, len(own), self.batch_size)
         ]
 
     def steps(self, stream: RowStream, *, rows: int, count: int) -> Iterator[Step]:
-        """``count`` steps of ``rows`` rows each, one ahead of what is asked for."""
+        """``count`` steps of ``rows`` rows each, one ahead of what is asked for. The last may be smaller,
+        where the stream ends."""
         ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=1)
         stopped = threading.Event()
 
@@ -85,13 +92,21 @@ class Feed:
             stopped.set()
 
     def _step(self, stream: RowStream, rows: int) -> Step:
-        drawn = [stream.next_row() for _ in range(rows)]
+        drawn: list[Row] = []
+        with contextlib.suppress(UsedUp):
+            while len(drawn) < rows:
+                drawn.append(stream.next_row())
+        supervised = Counter[str]()
+        for row in drawn:
+            for e in row.examples:
+                supervised[e.domain] += e.supervised
         batches = self.batches(drawn)
         return Step(
             batches=batches,
             ids=[e.id for row in drawn[self.rank :: self.world_size] for e in row.examples],
             tokens=sum(row.tokens for row in drawn),
-            supervised=max(1, sum(row.supervised for row in drawn)),
+            supervised=max(1, supervised.total()),
+            supervised_of={domain: n for domain, n in sorted(supervised.items()) if n},
             padded=sum(batch.input_ids.numel() for batch in batches) * self.world_size,
             attended=attended_length(len(e.ids) for row in drawn for e in row.examples),
             state=stream.state(),

@@ -81,6 +81,8 @@ class Run:
     data: Dataset
     numbers: precision.Precision
     model: PreTrainedModel
+    loss: loss.TokenLoss
+    """The model under its loss; ``strategy.module`` is this, wrapped."""
     feed: Feed
     meter: Meter
     monitor: ForgettingMonitor
@@ -107,7 +109,7 @@ class Run:
             mode="json",
             include={
                 **dict.fromkeys(("model", "method", "optim", "precision", "seed"), True),
-                "data": {"packing", "packing_window"},
+                "data": {"packing", "packing_window", "max_epochs", "curriculum"},
             },
             exclude={"optim": {"batch_size", "gradient_accumulation"}},
         )
@@ -127,8 +129,9 @@ def train(
 ) -> Result:
     """Run ``config`` on this worker, resuming from ``store`` if it holds a checkpoint.
 
-    ``on_metrics`` is called on rank 0 with one flat dict a step (``loss``, ``learning_rate``, ``grad_norm``,
-    ``tokens_per_second`` ...), which has ``eval_loss`` and ``eval_loss/DOMAIN`` after an evaluation.
+    ``on_metrics`` is called on rank 0 with one flat dict a step (``loss``, ``loss/DOMAIN``,
+    ``learning_rate``, ``grad_norm``, ``tokens_per_second`` ...), which has ``eval_loss`` and
+    ``eval_loss/DOMAIN`` after an evaluation.
     ``artifact`` is the folder that gets the trained adapter or model. ``preempted``, called on all ranks
     alike, tells whether a worker's node is about to be taken away: then a checkpoint is written at once.
     """
@@ -208,10 +211,10 @@ def take_step(run: Run, step: int, total: int, data: Step, notice: Notice) -> di
     config, strategy = run.config, run.strategy
     rate = learning_rate(step - 1, total, config.optim)
     torch.manual_seed(int(sha256_json([config.seed, step - 1, strategy.rank])[:15], 16))
-    loss_sum, norm = train_step(run, data, rate)
-    wanted = loss_sum.new_full((), float(notice.wanted and strategy.rank == 0))
-    sums = strategy.sum(torch.stack([loss_sum, wanted])).tolist()  # the step's one wait for the device
-    mean, notice.due = sums[0] / data.supervised, sums[1] > 0
+    losses, norm = train_step(run, data, rate)
+    wanted = losses.new_full((1,), float(notice.wanted and strategy.rank == 0))
+    sums = strategy.sum(torch.cat([wanted, losses])).tolist()  # the step's one wait for the device
+    mean, notice.due = sums[1] / data.supervised, sums[0] > 0
     if not math.isfinite(mean):
         raise FloatingPointError(f"the loss is {mean} at step {step}; lower optim.learning_rate")
     rates = run.meter.step(
@@ -225,6 +228,11 @@ def take_step(run: Run, step: int, total: int, data: Step, notice: Notice) -> di
         "step": step,
         "total_steps": total,
         "loss": mean,
+        **{
+            f"loss/{domain}": sums[2 + run.feed.domains[domain]] / tokens
+            for domain, tokens in data.supervised_of.items()
+            if run.loss.nats is not None
+        },
         "learning_rate": rate,
         "grad_norm": float(norm),
         "passes": data.passes,
@@ -274,12 +282,14 @@ def set_up(config: RunConfig, strategy: Strategy, *, started: Path | None = None
         data=part.data,
         numbers=part.numbers,
         model=model,
+        loss=module,
         feed=Feed(
             strategy.rank,
             strategy.world_size,
             config.optim.batch_size,
             int(part.tokenizer.pad_token_id),
             part.data.manifest["max_length"] if compute.compile else None,
+            {domain: i for i, domain in enumerate(part.data.manifest["shares"])},
         ),
         meter=_meter(part.ref, config, strategy),
         monitor=ForgettingMonitor(config.evaluate.tolerance, config.evaluate.on_forgetting),
@@ -334,21 +344,25 @@ def agreed(strategy: Strategy, work: Callable[[], T]) -> T:
 
 
 def train_step(run: Run, data: Step, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward, backward and update; returns this rank's summed loss and the gradient's norm, both on the
-    device and not waited for."""
+    """Forward, backward and update; returns this rank's summed loss, followed by that of each domain, and
+    the gradient's norm, on the device and not waited for."""
     strategy = run.strategy
     strategy.module.train()
-    total = torch.zeros((), device=strategy.device)
+    total = torch.zeros(1, device=strategy.device)
+    of_domains = torch.zeros(len(run.feed.domains), device=strategy.device)
     offloads = run.config.compute.activation_offload
-    for i, batch in enumerate(data.batches):
+    for i, host in enumerate(data.batches):
         with strategy.accumulate(last=i + 1 == len(data.batches)):
             kept = memory.offload(strategy.device) if offloads else nullcontext()
+            batch = host.to(strategy.device)
             with run.numbers.autocast(strategy.device), kept:
-                summed: torch.Tensor = strategy.module(batch.to(strategy.device))
+                summed: torch.Tensor = strategy.module(batch)
             # Gradients are averaged over workers; times their number, that is the sum, divided by tokens.
             strategy.backward(summed * (strategy.world_size / data.supervised))
         total += summed.detach()
-    return total, strategy.step(rate, run.config.optim.max_grad_norm)
+        if run.loss.nats is not None:
+            of_domains.index_add_(0, batch.domains, run.loss.nats)
+    return torch.cat([total, of_domains]), strategy.step(rate, run.config.optim.max_grad_norm)
 
 
 @torch.no_grad()

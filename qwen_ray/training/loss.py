@@ -8,6 +8,7 @@ pass, which only scales (the idea of Liger's fused cross-entropy, arXiv 2410.109
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, Literal, Protocol
 
@@ -73,6 +74,9 @@ class TokenLoss(nn.Module):
         # Under PEFT the layers are replaced inside the base model, so the base is what runs.
         # In a list, so that it is not a second child with the same weights.
         base: Any = model
+        self.nats: torch.Tensor | None = None
+        """The last batch's loss token by token, float32 ``[S]``, without gradient. None from Liger, whose
+        kernel gives the sum only. Not returned, for a strategy may do things to what is returned."""
         self._base = [base.get_base_model() if hasattr(model, "peft_config") else base]
 
     @property
@@ -106,7 +110,8 @@ class TokenLoss(nn.Module):
         hidden = self.hidden(batch)
         if self.loss == "liger" and _is_linear(self.head):
             return _inside(self.head, _liger, hidden, batch.targets)
-        return head_loss(hidden, self.head, batch.targets)
+        self.nats = torch.empty(len(batch.targets), dtype=torch.float32, device=hidden.device)
+        return head_loss(hidden, self.head, batch.targets, nats=self.nats)
 
 
 @torch.no_grad()
@@ -139,8 +144,11 @@ def _by_chunks(
     return torch.cat([F.cross_entropy(project(h).float(), t, reduction="none") for h, t in parts])
 
 
-def head_loss(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor) -> torch.Tensor:
+def head_loss(
+    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, *, nats: torch.Tensor | None = None
+) -> torch.Tensor:
     """Cross-entropy of ``head(hidden)``, ``[S, h]``, against ``targets``, int64 ``[S]``, summed, in nats.
+    ``nats``, float32 ``[S]``, is filled with what each position adds.
 
     A linear head takes the fused way, within one call of the module: a strategy that gathers a sharded
     weight around a module's forward (FSDP2, ZeRO-3) does so here, once on every rank however many tokens
@@ -149,11 +157,15 @@ def head_loss(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor) -> t
     a head must not be sharded.
     """
     if _is_linear(head):
-        return _inside(head, _fused, hidden, targets)
+        return _inside(head, partial(_fused, nats=nats), hidden, targets)
     total = hidden.new_zeros((), dtype=torch.float32)
     size = _chunk(head, hidden)
-    for part, part_targets in zip(hidden.split(size), targets.split(size), strict=True):
-        total = total + checkpoint(_chunk_loss, head, part, part_targets, use_reentrant=False)
+    for start in range(0, max(1, len(targets)), size):  # an empty chunk joins the result to the head
+        span = slice(start, start + size)
+        losses = checkpoint(_chunk_losses, head, hidden[span], targets[span], use_reentrant=False)
+        total = total + losses.sum()
+        if nats is not None:
+            nats[span] = losses.detach()
     return total
 
 
@@ -181,16 +193,18 @@ def _inside(
     return result
 
 
-def _fused(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _fused(
+    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, nats: torch.Tensor | None = None
+) -> torch.Tensor:
     inputs: list[torch.Tensor | None] = [hidden, head.weight, head.bias]
     if not torch.is_grad_enabled():  # which the function cannot see from within
         inputs = [None if x is None else x.detach() for x in inputs]
-    loss: torch.Tensor = _HeadLoss.apply(*inputs, targets, _chunk(head, hidden), _compute_dtype(hidden))
+    loss: torch.Tensor = _HeadLoss.apply(*inputs, targets, _chunk(head, hidden), _compute_dtype(hidden), nats)
     return loss
 
 
-def _chunk_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+def _chunk_losses(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
 def _chunk(head: nn.Module, hidden: torch.Tensor) -> int:
@@ -216,20 +230,21 @@ def _logits(
 
 
 def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss, float32, and d loss / d logits = softmax - onehot, float32. Overwrites float32 logits."""
+    """Losses, float32 ``[n, 1]``, and d sum / d logits = softmax - onehot, float32. Overwrites float32
+    logits."""
     if logits.dtype == torch.float32:
         logits -= logits.amax(1, keepdim=True)
         own = logits.gather(1, target)
         total = logits.exp_().sum(1, keepdim=True)
-        loss = (total.log() - own).sum()
+        losses = total.log() - own
         logits.div_(total)
     else:
         # One kernel reads 16 bits and writes 32: the loss is as exact as float32 makes it.
         scores = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-        loss = -scores.gather(1, target).sum()
+        losses = -scores.gather(1, target)
         logits = scores.exp_()
     logits.scatter_add_(1, target, logits.new_full((1, 1), -1.0).expand_as(target))
-    return loss, logits
+    return losses, logits
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -244,6 +259,7 @@ class _HeadLoss(torch.autograd.Function):
         targets: torch.Tensor,
         size: int,
         dtype: torch.dtype,
+        nats: torch.Tensor | None,
     ) -> torch.Tensor:
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
@@ -264,9 +280,11 @@ class _HeadLoss(torch.autograd.Function):
                 span = slice(start, start + size)
                 part, target = states[span], targets[span, None]
                 logits = _logits(part, matrix, offset, buffer)
-                nats, grad = _cross_entropy(logits, target)
+                losses, grad = _cross_entropy(logits, target)
                 grad = grad.to(dtype)
-                loss += nats
+                loss += losses.sum()
+                if nats is not None:
+                    nats[span] = losses[:, 0]
                 if grad_hidden is not None:
                     torch.mm(grad, matrix, out=grad_hidden[span])
                 if grad_weight is not None:
@@ -290,7 +308,7 @@ class _HeadLoss(torch.autograd.Function):
         grads = [None if g is None else g.mul_(grad_loss) for g in (grad_hidden, grad_weight, grad_bias)]
         if grads[0] is not None:
             grads[0] = grads[0].to(ctx.hidden_dtype)
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def _liger(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

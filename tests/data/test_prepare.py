@@ -2,18 +2,35 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qwen_ray.data.prepare import prepare, report_path
+from qwen_ray.config import read_settings, validate
+from qwen_ray.data.preparation.prepare import PrepareConfig, Prepared, beside, prepare
 from qwen_ray.data.records import Message, Record, read_records, write_records
+from qwen_ray.data.sources import SOURCES
 from qwen_ray.errors import UserError
+from qwen_ray.fsio import read_json
+
+Run = Callable[..., Prepared]
 
 
 def record(id: str, question: str, answer: str, **more: str) -> Record:
     given = {"domain": "biology", "source": "book", "license": "CC0-1.0", **more}
     return Record(id, (Message("user", question), Message("assistant", answer)), **given)
+
+
+def run(sources: dict[str, Any], out: Path, **more: Any) -> Prepared:
+    given = {"domain": "biology", "near_duplicates": None, **more}
+    paths = {name: str(path) for name, path in sources.items()}
+    return prepare(PrepareConfig(sources=paths, out=str(out), **given))
+
+
+def dropped(out: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in beside(out, "dropped.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -32,100 +49,122 @@ def book(tmp_path: Path) -> Path:
     return path
 
 
-def test_draw_is_even_over_chapters_and_sections_and_repeatable(book, tmp_path):
+def test_draw_is_even_over_chapters_and_sections_and_repeatable(book: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    report = prepare("biology", {"file": book}, 12, out)
-    assert (report.written, report.short_by, report.not_drawn) == (12, 0, 16)
-    assert report.per_part == {"book/ch1": 6, "book/ch2": 6}
-    drawn = read_records(out)
-    assert Counter(r.id.rsplit("/", 1)[0] for r in drawn) == {
+    card = run({"file": book}, out, size=12).card
+    assert (card["written"], card["short_by"], card["not_drawn"]) == (12, 0, 16)
+    assert Counter(r.id.rsplit("/", 1)[0] for r in read_records(out)) == {
         "book/ch1/s1": 6,
         "book/ch2/s1": 3,
         "book/ch2/s2": 3,
     }
     first = out.read_bytes()
-    prepare("biology", {"file": book}, 12, out)
-    assert out.read_bytes() == first
-    prepare("biology", {"file": book}, 12, out, seed=1)
+    run({"file": book}, tmp_path / "again.jsonl", size=12)
+    assert (tmp_path / "again.jsonl").read_bytes() == first
+    run({"file": book}, out, size=12, seed=1)
     assert out.read_bytes() != first
 
 
-def test_a_larger_draw_only_adds(book, tmp_path):
-    prepare("biology", {"file": book}, 10, tmp_path / "small.jsonl")
-    prepare("biology", {"file": book}, 20, tmp_path / "large.jsonl")
+def test_a_larger_draw_only_adds(book: Path, tmp_path: Path) -> None:
+    run({"file": book}, tmp_path / "small.jsonl", size=10)
+    run({"file": book}, tmp_path / "large.jsonl", size=20)
     assert read_records(tmp_path / "large.jsonl")[:10] == read_records(tmp_path / "small.jsonl")
 
 
-def test_draw_is_even_over_sources_and_the_rest_fills_up(book, tmp_path):
+def test_draw_is_even_over_sources_and_the_rest_fills_up(book: Path, tmp_path: Path) -> None:
     train = tmp_path / "train.jsonl"
     train.write_text(
         "".join(
-            json.dumps({"question": f"How much is {i} + 1?", "answer": f"#### {i + 1}"}) + "\n"
+            json.dumps({"question": f"How much is {i} + 1?", "answer": f"It is.\n#### {i + 1}"}) + "\n"
             for i in range(5)
         )
     )
-    report = prepare("biology", {"file": book, "gsm8k": train}, 20, tmp_path / "out.jsonl")
-    assert report.per_source == {"book": 15, "gsm8k": 5}
-    assert report.per_license == {"CC0-1.0": 15, "MIT": 5}
-    assert report.read == {"file": 28, "gsm8k": 5}
-
-
-def test_every_drop_is_reported_with_examples(tmp_path):
-    path = tmp_path / "in.jsonl"
-    write_records(
-        path,
-        [
-            record("a", "What is a cell?", "The unit of life."),
-            record("b", "what  is a CELL", "The unit of life"),
-            record("c", "What is DNA?", "An acid."),
-            record("d", "What is DNA?", "A base."),
-            record("e", "Why?", "Because."),
-            record("f", "What is a gene worth?", "x"),
-            record("g", "Who are you, please?", "I am {{name}}."),
-            record("h", "What was the Boston Massacre?", "A riot.", domain="history"),
-        ],
-    )
-    with open(path, "a") as f:
-        f.write(
-            '{"id": "i", "messages": [{"role": "user", "content": ""},{"role": "assistant", "content": "?"}],'
-        )
-        f.write('"domain": "biology", "source": "book", "license": "CC0-1.0"}\n')
-    report = prepare("biology", {"file": path}, 5, tmp_path / "out.jsonl")
-    written = json.loads(report_path(tmp_path / "out.jsonl").read_text())
-    assert [r.id for r in read_records(tmp_path / "out.jsonl")] == ["a"]
-    assert {why: drop["count"] for why, drop in written["dropped"].items()} == {
-        "same question with another answer": 2,
-        "same question and answer as an earlier record": 1,
-        "question of fewer than 8 characters": 1,
-        "answer of fewer than 2 characters": 1,
-        "placeholder left in the answer": 1,
-        "belongs to another domain": 1,
-        "empty question or answer": 1,
+    card = run({"file": book, "gsm8k": train}, tmp_path / "out.jsonl", size=20).card
+    assert {name: (s["read"], s["kept"]) for name, s in card["sources"].items()} == {
+        "file": (28, 15),
+        "gsm8k": (5, 5),
     }
-    assert written["dropped"]["same question with another answer"]["examples"][0] == (
-        "What is DNA?: c → An acid. | d → A base."
-    )
-    assert written["read"]["file"] == written["written"] + sum(
-        d["count"] for d in written["dropped"].values()
-    )
-    assert (written["asked"], written["short_by"]) == (5, 4)
-    assert "4 fewer than the 5 asked for" in str(report)
+    assert card["per_license"] == {"CC0-1.0": 15, "MIT": 5}
 
 
-def test_examples_are_capped_and_counts_are_not(tmp_path):
-    path = tmp_path / "in.jsonl"
-    write_records(
-        path,
-        [record(f"r{i}", "Which?", f"That {i}.") for i in range(9)]
-        + [record("k", "What is a cell?", "Small.")],
-    )
-    report = prepare("biology", {"file": path}, None, tmp_path / "out.jsonl")
-    drop = report.drops["question of fewer than 8 characters"]
-    assert (drop["count"], len(drop["examples"])) == (9, 3)
-    assert (report.asked, report.short_by) == (None, 0)
+def test_twenty_records_with_every_fault_are_named_with_their_line(tmp_path: Path) -> None:
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+
+    def line(**changes: Any) -> bytes:
+        given = {"domain": "biology", "source": "book", "license": "CC0-1.0", **changes}
+        return json.dumps(given).encode()
+
+    def turns(*texts: str, roles: str = "ua") -> list[dict[str, str]]:
+        names = {"u": "user", "a": "assistant"}
+        return [{"role": names[r], "content": t} for r, t in zip(roles, texts, strict=True)]
+
+    good = [line(messages=turns(f"Which organ number {i} pumps the blood?", f"Heart {i}.")) for i in range(6)]
+    faults = {
+        "broken JSON": b'{"messages": [{"role": "user", "content": "What',
+        "wrong encoding": '{"messages": "Was heißt'.encode("latin-1"),
+        "empty answer": line(messages=turns("What is a ribosome made of?", " ")),
+        "role order": line(messages=turns("What is a vacuole?", "And a plastid?", "A bag.", roles="uua")),
+        "huge": line(messages=turns("What is in a genome, letter by letter?", "acgt" * 20_000)),
+        "duplicated": good[0],
+        "contradictory": line(messages=turns("What colour is chlorophyll mostly?", "Green.")),
+        "contradictory too": line(messages=turns("What colour is chlorophyll mostly?", "Blue.")),
+        "licence": line(
+            messages=turns("What is a Golgi body for?", "For sorting proteins."), license="CC-BY-NC-4.0"
+        ),
+        "other domain": line(messages=turns("Who was the first king?", "Nobody knows."), domain="history"),
+    }
+    path.write_bytes(b"\n".join([*good, *faults.values()]) + b"\n")
+    prepared = run({"file": path}, out)
+    assert prepared.card["written"] == len(good)
+    lines = {drop["where"]: drop["reason"] for drop in dropped(out)}
+    assert set(lines) == {f"{path}:{n}" for n in range(7, 17)}
+    reasons = [lines[f"{path}:{n}"] for n in range(7, 17)]
+    assert len(set(reasons)) == 9  # the two that contradict each other share theirs
+    for words, reason in zip(
+        ("JSON", "UTF-8", "empty", "order", "characters", "earlier", "another answer"), reasons, strict=False
+    ):
+        assert words in reason
+    assert reasons[6] == reasons[7]
+    assert "licence" in reasons[8]
+    card = read_json(beside(out, "card.json"))
+    assert sum(d["count"] for d in card["dropped"].values()) == 10
+    assert card["sources"]["file"]["read"] == 16
 
 
-def test_conversations_that_only_begin_alike_are_not_repeats(tmp_path):
+def test_the_same_input_again_does_nothing(book: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    first = run({"file": book}, out, size=12)
+    assert not first.unchanged
+    files = [out, *(beside(out, e) for e in ("manifest.json", "card.json", "card.html", "dropped.jsonl"))]
+    before = [(f.stat().st_mtime_ns, f.read_bytes()) for f in files]
+    book.touch()
+    again = run({"file": book}, out, size=12)
+    assert again.unchanged
+    assert again.manifest == first.manifest
+    assert [(f.stat().st_mtime_ns, f.read_bytes()) for f in files] == before
+    assert not beside(out, "parts").exists()
+
+    moved = tmp_path / "moved.jsonl"
+    book.rename(moved)
+    assert run({"file": moved}, tmp_path / "other.jsonl", size=12).manifest == first.manifest
+
+    with open(moved, "a") as f:
+        f.write(json.dumps(record("book/ch3/s1/q1", "What is new in the book?", "This.").to_dict()) + "\n")
+    changed = run({"file": moved}, out, size=12)
+    assert not changed.unchanged
+    assert changed.manifest["data"] != first.manifest["data"]
+
+
+def test_a_file_that_was_tampered_with_is_made_again(book: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    run({"file": book}, out)
+    whole = out.read_bytes()
+    out.write_bytes(whole[:-10])
+    assert not run({"file": book}, out).unchanged
+    assert out.read_bytes() == whole
+
+
+def test_conversations_that_only_begin_alike_are_not_repeats(tmp_path: Path) -> None:
     path = tmp_path / "in.json"
     start = [{"from": "human", "value": "Who are you?"}, {"from": "gpt", "value": "A model."}]
     ends = (
@@ -133,31 +172,107 @@ def test_conversations_that_only_begin_alike_are_not_repeats(tmp_path):
         for i in range(2)
     )
     path.write_text(json.dumps([{"conversations": start + end} for end in ends]))
-    assert prepare("general", {"file": path}, None, tmp_path / "out.jsonl").written == 2
+    assert run({"file": path}, tmp_path / "out.jsonl", domain="general").card["written"] == 2
 
 
-def test_nothing_left_is_an_error_and_writes_nothing(tmp_path):
-    path = tmp_path / "in.jsonl"
-    write_records(path, [record("a", "What was 1776?", "A year.", domain="history")])
+def test_ids_of_two_files_are_made_unique(tmp_path: Path) -> None:
+    for name in "ab":
+        write_records(tmp_path / f"{name}.jsonl", [record("x/1", f"What is in file {name}?", "Text.")])
+    config = PrepareConfig(
+        domain="biology",
+        sources={"file": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]},
+        out=str(tmp_path / "out.jsonl"),
+    )
+    prepare(config)
+    assert sorted(r.id for r in read_records(tmp_path / "out.jsonl")) == ["x/1", "x/1#2"]
+
+
+def test_nothing_left_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_records(path, [record("a", "What was in 1776?", "A year.", domain="history")])
     with pytest.raises(UserError, match="domain 'biology' has no data: 1 x belongs to another domain"):
-        prepare("biology", {"file": path}, 5, tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
+        run({"file": path}, out)
+    assert not out.exists()
 
 
-def test_bad_arguments(book, tmp_path):
+def test_bad_arguments(book: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown source 'gsm8'"):
-        prepare("biology", {"file": book, "gsm8": book}, 5, tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match="size is 0"):
-        prepare("biology", {"file": book}, 0, tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match="no source given"):
-        prepare("biology", {}, 5, tmp_path / "out.jsonl")
+        run({"file": book, "gsm8": book}, tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match="no such"):
+        run({"file": tmp_path / "missing.jsonl"}, tmp_path / "out.jsonl")
+
+
+def test_questions_of_a_benchmark_are_left_out_and_named(tmp_path: Path) -> None:
+    bench = tmp_path / "mmlu" / "test"
+    bench.mkdir(parents=True)
+    asked = "Which of the four small bones in the ear of a frog touches the drum first of all"
+    (bench / "anatomy_test.csv").write_text(f'"{asked}?",the first,the second,the third,the fourth,A\n')
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_records(
+        path,
+        [
+            record("a", f"{asked.upper()}!", "The first."),
+            record("b", "Which bone is the longest of them all?", "The femur."),
+        ],
+    )
+    card = run({"file": path}, out, benchmarks=str(tmp_path / "mmlu")).card
+    assert [r.id for r in read_records(out)] == ["b"]
+    hit = card["contamination"]["hits"][0]
+    assert (hit["record"], hit["where"], hit["part"]) == ("a", f"{path}:1", "question")
+    assert dropped(out)[0]["where"] == f"{path}:1"
+    kept = run({"file": path}, out, decontaminate={"enabled": False}).card
+    assert kept["written"] == 2
+
+
+def test_shipped_settings_are_headed_by_their_command_and_valid() -> None:
+    shipped = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
+    assert len(shipped) == 4
+    for file in shipped:
+        assert file.read_text().startswith(f"# qwen-ray data prepare --config configs/data/{file.name}\n")
+        tree, origin = read_settings(file)
+        config = validate(PrepareConfig, tree, where=str(file), origin=origin)
+        assert set(config.sources) <= set(SOURCES)
+        assert config.domain == file.stem
+
+
+def test_a_misspelt_key_names_the_nearest(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text("domain: biology\nsources: {file: a.jsonl}\nout: b.jsonl\nlimits: {min_anser: 3}\n")
+    tree, origin = read_settings(file)
+    with pytest.raises(UserError, match=r"unknown key 'limits.min_anser'(.|\n)*limits.min_answer"):
+        validate(PrepareConfig, tree, where=str(file), origin=origin)
 
 
 @pytest.mark.shared
-def test_a_thousand_real_biology_records(shared_data, tmp_path):
-    out = tmp_path / "biology.jsonl"
-    report = prepare("biology", {"openstax_biology": shared_data / "openstax_biology"}, 1000, out)
-    assert (report.written, len(read_records(out))) == (1000, 1000)
-    chapters = report.per_part.values()
-    assert len(chapters) == 47
-    assert max(chapters) - min(chapters) <= 1
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("domain", "names"),
+    [
+        ("biology", ["openstax_biology"]),
+        ("history", ["openstax_us_history", "openstax_world_history"]),
+        (
+            "security",
+            [
+                "mitre_attack",
+                "mitre_cwe",
+                "cisa_kev",
+                "pypa_advisories",
+                "rustsec_advisories",
+                "owasp_cheatsheets",
+            ],
+        ),
+    ],
+)
+def test_five_thousand_real_records_of_each_domain(
+    shared_data: Path, tmp_path: Path, domain: str, names: list[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    sources = {name: str(shared_data / name) for name in names}
+    settings: dict[str, Any] = {"domain": domain, "sources": sources, "benchmarks": str(shared_data)}
+    card = prepare(PrepareConfig(out=str(out), **settings)).card
+    assert card["written"] >= 5000
+    assert {name for name, s in card["sources"].items() if s["kept"]} == set(names)
+    again = prepare(
+        PrepareConfig(out=str(tmp_path / "2.jsonl"), **{**settings, "sources": {"file": str(out)}})
+    )
+    assert again.card["contamination"]["number"] == 0

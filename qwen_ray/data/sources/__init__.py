@@ -1,16 +1,48 @@
-"""The catalogue of training data sources: one file a source, each ends in ``SOURCE``."""
+"""The catalogue of training data sources: one file a source (``SOURCE``), and the hub's sets."""
 
 from __future__ import annotations
 
-from qwen_ray.data.sources import file, gsm8k, openstax_biology, openstax_us_history
-from qwen_ray.data.sources.base import Drops, Source
+from qwen_ray.data.sources import (
+    cisa_kev,
+    ctf_writeups,
+    file,
+    gsm8k,
+    hub_sets,
+    mitre_attack,
+    mitre_capec,
+    mitre_cwe,
+    openstax_biology,
+    openstax_us_history,
+    openstax_world_history,
+    opentriviaqa,
+    owasp_cheatsheets,
+    pypa_advisories,
+    rustsec_advisories,
+)
+from qwen_ray.data.sources.base import Drop, Drops, Found, Source
 from qwen_ray.errors import UserError, did_you_mean
 
+_FILES = (
+    openstax_biology,
+    openstax_us_history,
+    openstax_world_history,
+    opentriviaqa,
+    mitre_attack,
+    mitre_capec,
+    mitre_cwe,
+    cisa_kev,
+    pypa_advisories,
+    rustsec_advisories,
+    owasp_cheatsheets,
+    ctf_writeups,
+    gsm8k,
+)
 SOURCES: dict[str, Source] = {
-    module.SOURCE.name: module.SOURCE for module in (openstax_biology, openstax_us_history, gsm8k, file)
+    source.name: source for source in (*(module.SOURCE for module in _FILES), *hub_sets.SOURCES, file.SOURCE)
 }
+"""By name: those with files of their own, sets of the hub, any local file."""
 
-__all__ = ["SOURCES", "Drops", "Source", "get_source"]
+__all__ = ["SOURCES", "Drop", "Drops", "Found", "Source", "get_source"]
 
 
 def get_source(name: str) -> Source:

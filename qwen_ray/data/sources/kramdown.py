@@ -1,4 +1,4 @@
-"""Kramdown with inline HTML and MathML, to plain text."""
+"""Kramdown with inline HTML and MathML: plain text of a piece of it, a page's paragraphs and marked terms."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ _POWER = re.compile(r"(?<=[\w)*])<sup>\s*([-−–]?\d+)\s*</sup>(\w?)")
 _ESCAPED = re.compile(r"\\([\\`*_{}\[\]()#+\-.!|:'\"<>^~$])")
 _EMPHASIS = re.compile(r"(\*{1,3})(?=\S)(?!(?<=\d\*)\d)(.+?)\1", re.S)  # not the times sign of 8*2
 _BLANK = re.compile(r"_{2,}")
+_TERM = re.compile(r'\*\*([^*\n]+)\*\*\{: data-type="term"')
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.S)
+_LINK = r"\[\\?\[link\\?\]\]\([^)]*\)"
+_ASIDE = re.compile(rf"\s*\((?:[Ss]ee )?{_LINK}(?:[^()]{{0,20}}{_LINK})*[^()]{{0,10}}\)")  # ([link]a)
 _HOLD = "\ue000"  # stands for an escaped character while emphasis is undone
 
 
@@ -47,3 +51,24 @@ def _math_text(match: re.Match[str]) -> str:
     """MathML as its letters in reading order: the books use it for formulas such as HCO3−."""
     body = re.sub(r">\s+<", "><", match[1].strip())
     return f" {re.sub('<[^>]+>', '', body).replace('→', ' → ')} "
+
+
+def paragraphs(page: str) -> list[str]:
+    """Plain text of a page's own paragraphs: no heading, list, picture, table, note, exercise or glossary.
+
+    A figure's mention in brackets goes; any other, without which a sentence makes no sense, leaves a ``~``.
+    """
+    found, depth = [], 0
+    for line in _FRONT_MATTER.sub("", page).split("\n"):
+        inside = depth
+        depth += len(re.findall(r"<(?:div|table|figure|section)\b", line)) - len(
+            re.findall(r"</(?:div|table|figure|section)>", line)
+        )
+        if not inside and not depth and re.match(r"[^\W\d_]|\*+[^\s*]|[“‘]", line):
+            found.append(plain_text(re.sub(_LINK, "~", _ASIDE.sub("", line))))
+    return found
+
+
+def marked_terms(page: str) -> list[str]:
+    """The words that a page marks as terms, each once."""
+    return list(dict.fromkeys(plain_text(term) for term in _TERM.findall(page)))

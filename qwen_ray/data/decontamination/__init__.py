@@ -1,0 +1,1 @@
+"""What stands in a benchmark, and where it is found in the data."""

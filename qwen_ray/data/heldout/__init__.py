@@ -1,0 +1,1 @@
+"""Multiple-choice sets of sources that are not trained on."""

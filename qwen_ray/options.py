@@ -1,0 +1,45 @@
+"""What the parsers of the verbs have in common."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from qwen_ray.verbs import Verb
+
+
+def example(parser: argparse.ArgumentParser, *commands: str) -> None:
+    parser.epilog = "\n".join(["example:", *(f"  {command}" for command in commands)])
+
+
+def verb(parent: Any, name: str, run: Verb, help_text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = parent.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, alone on stdout")
+    parser.set_defaults(verb=run)
+    return parser
+
+
+def group(parent: Any, name: str, help_text: str) -> Any:
+    parser = parent.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+    return parser.add_subparsers(metavar="VERB", required=True)
+
+
+def set_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="any other key of the configuration, such as method.r=32; may be repeated",
+    )
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value

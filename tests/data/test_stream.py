@@ -1,0 +1,200 @@
+"""Records that stay in their files: the stream is the one from memory, the index is kept and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_ray import models
+from qwen_ray.config import DataConfig
+from qwen_ray.data import stream, stream_index
+from qwen_ray.data.dataset import Dataset, build_dataset, load_splits
+from qwen_ray.data.records import Message, Record, write_records
+from qwen_ray.data.stream import RecordFiles
+from qwen_ray.errors import UserError
+from tests.conftest import record, sums
+
+TOKENIZER = models.load_tokenizer(models.resolve("tiny"))
+
+
+def records(n: int, domain: str, seed: int = 0) -> list[Record]:
+    """Sums of varied difficulty; of every 20, one is too long and one has no room for its answer."""
+    rng = random.Random(seed)
+    made = []
+    for i, r in enumerate(sums(n, seed=seed, domain=domain)):
+        question, answer = (m.content for m in r.messages)
+        if i % 20 == 7:
+            answer = "yes " * 200
+        if i % 20 == 13:
+            question = "what? " * 200
+        messages = (Message("user", question), Message("assistant", answer))
+        made.append(dataclasses.replace(r, messages=messages, difficulty=rng.choice([0.5, rng.random()])))
+    return made
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Two files; both hold domain x, with an empty line and text beyond ASCII between."""
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    write_records(one, [*records(60, "x"), record("Où?", "Là.", domain="y", id="é")])
+    with open(one, "a", encoding="utf-8") as f:
+        f.write("\n")
+        f.writelines(
+            json.dumps({**r.to_dict(), "difficulty": 0.1}) + "\n" for r in sums(40, seed=1, domain="y")
+        )
+    write_records(two, [*records(50, "z", seed=2), *sums(30, seed=3, domain="x2")])
+    return [str(one), str(two)]
+
+
+def dataset(files: list[str], *, seed: int = 0, **data: Any) -> Dataset:
+    config = DataConfig(**{"train": files, "max_length": 96, "validation_fraction": 0.1, **data})
+    return build_dataset(config, TOKENIZER, seed=seed, context=256)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"packing": False},
+        {"unit": "tokens", "weights": {"x": 3, "y": 1, "z": 1, "x2": 0}},
+        {"packing_window": 2, "max_epochs": {"y": 1.5}, "temperature": 3},
+    ],
+)
+def test_the_stream_is_the_one_from_memory(files: list[str], data: dict[str, Any]) -> None:
+    memory, disk = dataset(files, **data), dataset(files, streaming=True, **data)
+    assert memory.manifest == disk.manifest
+    assert memory.manifest["cut"] > 0
+    assert memory.manifest["dropped"] > 0
+    assert memory.manifest["validation_records"] > 5
+    assert memory.validation == disk.validation
+    n = memory.stream.plan(passes=1.2)
+    assert disk.stream.plan(passes=1.2) == n
+    for _ in range(n + 3):
+        assert disk.stream.state() == memory.stream.state()
+        assert disk.stream.next_row() == memory.stream.next_row()
+    json.dumps(disk.stream.state())  # plain numbers
+    resumed = dataset(files, streaming=True, **data).stream
+    resumed.plan(passes=1.2)
+    resumed.load_state(disk.stream.state())
+    assert resumed.next_row() == memory.stream.next_row()
+
+
+def test_a_curriculum_from_disk(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    write_records(path, [*records(60, "x"), *records(50, "z", seed=2)])
+    memory, disk = (
+        dataset([str(path)], curriculum="hard_to_easy", streaming=streaming).stream
+        for streaming in (False, True)
+    )
+    assert memory.plan(rows=30) == disk.plan(rows=30)
+    assert [memory.next_row() for _ in range(30)] == [disk.next_row() for _ in range(30)]
+
+
+def test_validation_files_leave_all_records_to_training(files: list[str]) -> None:
+    config = DataConfig(train=files[:1], validation=files[1:], streaming=True)
+    train, validation = load_splits(config, seed=0)
+    assert (len(train), len(validation)) == (101, 80)
+    assert [r.id for r in train] == [r.id for r in load_splits(config, seed=1)[0]]
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]:
+    calls: list[str] = []
+    real = getattr(module, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+def test_the_index_is_kept_until_the_file_changes(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    scans = count_calls(monkeypatch, stream_index, "_scan")
+    lengths = count_calls(monkeypatch, stream, "_tokenise")
+    first = dataset(files, streaming=True)
+    assert (len(scans), len(lengths)) == (2, 2)
+    again = dataset(files, streaming=True)
+    assert (len(scans), len(lengths)) == (2, 2)
+    assert [again.stream.next_row() for _ in range(9)] == [first.stream.next_row() for _ in range(9)]
+    dataset(files, streaming=True, max_length=64)  # other lengths, the same places
+    assert (len(scans), len(lengths)) == (2, 4)
+    # Another content of the same size and time of change.
+    path, stat = Path(files[0]), Path(files[0]).stat()
+    path.write_text(path.read_text(encoding="utf-8").replace("yes", "nay"), encoding="utf-8")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    changed = dataset(files, streaming=True, max_length=64)
+    assert (len(scans), len(lengths)) == (3, 5)
+    assert changed.manifest["files"] != first.manifest["files"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"not an index", None])
+def test_a_damaged_index_is_made_anew(files: list[str], damage: bytes | None) -> None:
+    first = dataset(files, streaming=True)
+    for kept in ("one.jsonl.idx", "two.jsonl.tokens.idx"):
+        path = Path(files[0]).parent / kept
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2] if damage is None else damage)
+    again = dataset(files, streaming=True)
+    assert again.manifest == first.manifest
+    assert [again.stream.next_row() for _ in range(9)] == [first.stream.next_row() for _ in range(9)]
+
+
+def test_a_folder_that_cannot_be_written_to(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(stream_index.tempfile, "mkstemp", refuse)
+    memory, disk = dataset(files), dataset(files, streaming=True)
+    assert memory.stream.next_row() == disk.stream.next_row()
+    assert not list(Path(files[0]).parent.glob("*.idx"))
+
+
+def test_what_is_in_memory_is_the_index(tmp_path: Path) -> None:
+    """A file of 10 MB in records of 5 kB: less than 64 bytes of each are kept."""
+    path, n = tmp_path / "large.jsonl", 2000
+    write_records(path, (record(f"{i}? " + "x" * 5000, "yes", id=f"r{i}") for i in range(n)))
+    RecordFiles([str(path)], seed=0, held_fraction=0)
+    tracemalloc.start()
+    kept = RecordFiles([str(path)], seed=0, held_fraction=0)
+    used, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(kept) == n
+    assert used < 64 * n + 100_000
+    assert peak < path.stat().st_size / 10
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "fix"),
+    [
+        ("", "holds no record", ""),
+        ('{"instruction": "a", "input": "", "output": "b"}\n', "unknown key 'instruction'", "streaming"),
+        ("[1, 2]\n", "a record is a JSON object", "streaming"),
+        ("{broken\n", r"data.jsonl:1: malformed record: not JSON", "Record JSONL"),
+        ("\xff\n", "malformed record", "Record JSONL"),
+    ],
+)
+def test_files_that_cannot_be_streamed(tmp_path: Path, text: str, message: str, fix: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=message) as e:
+        dataset([str(path)], streaming=True)
+    assert fix in e.value.fix
+    assert "data.jsonl" in e.value.where
+
+
+def test_missing_files_and_repeated_ids(files: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such data file"):
+        dataset([*files, str(tmp_path / "missing.jsonl")], streaming=True)
+    copy = tmp_path / "copy.jsonl"
+    write_records(copy, sums(3, domain="x2"))
+    with pytest.raises(UserError, match="two records have the id 'x2-0'") as e:
+        dataset([*files, str(copy)], streaming=True)
+    assert e.value.where == str(copy)
