@@ -37,7 +37,7 @@ from qwen_ray.fsio import fsync_tree, read_json, sha256_json, write_json, write_
 from qwen_ray.planner.plan import choose_strategy
 from qwen_ray.registry import LINEAGE
 from qwen_ray.training import errors
-from qwen_ray.training.tracking import METRICS, Tracker, read_metrics
+from qwen_ray.training.tracking import METRICS, MetricsTail, Tracker, read_metrics
 from qwen_ray.training.worker import ARTIFACT, run_rank, work
 
 log = logging.getLogger(__name__)
@@ -285,13 +285,12 @@ def _fit(trainer: Any, out: Path, progress: Progress | None) -> Any:
     # In a thread, so that Ctrl-C reaches us: Ray Train's own handler ends the process with exit code 0.
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    shown = 0
+    tail, shown = MetricsTail(out), 0
     try:
         while thread.is_alive():
             thread.join(timeout=0.5)
-            if progress:
-                rows = [row for row in read_metrics(out) if row["step"] > shown]
-                for row in rows:
+            for row in tail.rows() if progress else ():
+                if progress and row["step"] > shown:  # not those repeated after a failure
                     progress(row)
                     shown = row["step"]
     except KeyboardInterrupt:

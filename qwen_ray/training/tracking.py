@@ -79,6 +79,26 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+class MetricsTail:
+    """Rows of a run's metrics as they are appended, each once."""
+
+    def __init__(self, out: Path) -> None:
+        self._path, self._read = out / METRICS, 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Those since the last call; a line that is being written waits for the next."""
+        try:
+            with open(self._path, "rb") as f:
+                f.seek(self._read)
+                whole = f.read().rpartition(b"\n")[0]
+        except FileNotFoundError:
+            return []
+        if not whole:
+            return []
+        self._read += len(whole) + 1
+        return list(_parsed(whole.decode("utf-8")))
+
+
 def read_examples(out: Path) -> dict[int, list[str]]:
     """Step to the ids of the records that were trained on in it (``tracking.examples``), sorted.
 
@@ -95,6 +115,10 @@ def read_examples(out: Path) -> dict[int, list[str]]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+    return _parsed(path.read_text(encoding="utf-8"))
+
+
+def _parsed(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
         with contextlib.suppress(json.JSONDecodeError):  # torn by a kill
             yield json.loads(line)

@@ -192,7 +192,7 @@ def test_nothing_left_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     write_records(path, [record("a", "What was in 1776?", "A year.", domain="history")])
     with pytest.raises(UserError, match="domain 'biology' has no data: 1 x belongs to another domain"):
         run({"file": path}, out)
-    assert not out.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_bad_arguments(book: Path, tmp_path: Path) -> None:
@@ -220,8 +220,10 @@ def test_questions_of_a_benchmark_are_left_out_and_named(tmp_path: Path) -> None
     hit = card["contamination"]["hits"][0]
     assert (hit["record"], hit["where"], hit["part"]) == ("a", f"{path}:1", "question")
     assert dropped(out)[0]["where"] == f"{path}:1"
-    kept = run({"file": path}, out, decontaminate={"enabled": False}).card
-    assert kept["written"] == 2
+    without = run({"file": path}, out)
+    assert without.card["written"] == 2
+    assert "for MMLU and GSM8K give --benchmarks" in str(without)
+    assert run({"file": path}, out, decontaminate={"enabled": False}).card["contamination"]["checked"] == []
 
 
 def test_shipped_settings_are_headed_by_their_command_and_valid() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from qwen_ray import models
 from qwen_ray.fsio import read_json, write_json
-from qwen_ray.training.tracking import Tracker, read_metrics, wandb_mode
+from qwen_ray.training.tracking import MetricsTail, Tracker, read_metrics, wandb_mode
 from tests.training.test_loop import config
 
 SETTINGS = ["data.max_length=96", "optim.warmup_steps=2", "checkpoint.every_steps=8", "method.dropout=0.1"]
@@ -266,6 +266,19 @@ def test_a_run_that_fails_does_not_exit_0(tmp_path: Path, data_file: Path) -> No
     assert stdout == ""
     assert "the loss is nan" in stderr or "the loss is inf" in stderr
     assert read_json(tmp_path / "run" / "run.json")["state"] == "failed"
+
+
+def test_metrics_are_read_as_they_are_appended(tmp_path: Path) -> None:
+    tail = MetricsTail(tmp_path)
+    assert tail.rows() == []
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert [row["step"] for row in tail.rows()] == [1, 2]
+    assert tail.rows() == []
+    with open(file, "a") as f:
+        f.write('ep": 3}\n')
+    assert [row["step"] for row in tail.rows()] == [3]
+    assert tail.rows() == []
 
 
 def test_wandb_offline_holds_the_metrics(

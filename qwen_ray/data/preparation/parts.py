@@ -129,7 +129,7 @@ def work(part: Part, task: Task, version: str) -> Shard:
 
 def _kept(part: Part, task: Task, drops: Drops, hits: list[dict[str, Any]]) -> Iterator[Found]:
     """What passes the checks and is in no benchmark."""
-    index = _index(task.index) if task.index else None
+    index = _index(task.index, task.index_hash) if task.index else None
     sound = _sound(part, task, drops)
     if index is None:
         yield from sound
@@ -200,7 +200,8 @@ def _write_features(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @lru_cache(maxsize=1)
-def _index(path: str) -> decontaminate.Index:
+def _index(path: str, content: str) -> decontaminate.Index:
+    """Read once a process; ``content`` tells one index from the next at the same place."""
     return decontaminate.Index.load(Path(path))
 
 

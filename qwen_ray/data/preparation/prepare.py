@@ -147,6 +147,8 @@ class Prepared:
         if checked:
             items = sum(found["items"] for found in checked)
             lines.append(f"  looked up in {len(checked)} benchmarks of {items} items")
+            if all(found["benchmark"].startswith("tiny/") for found in checked):
+                lines.append("  these are the embedded ones: for MMLU and GSM8K give --benchmarks FOLDER")
         if value["not_drawn"]:
             lines.append(f"  usable but not drawn: {value['not_drawn']}")
         return "\n".join([*lines, f"  card: {card.card_path(self.out, 'html')}"])
@@ -184,6 +186,8 @@ def prepare(config: PrepareConfig, *, progress: Progress | None = None) -> Prepa
     usable = choose.load(shards)
     order = choose.choose(usable, seed=config.seed, near=config.near_duplicates, drops=drops)
     if not order:
+        usable.close()
+        shutil.rmtree(folder)
         left_out = ", ".join(f"{n} x {why}" for why, n in drops.counts.most_common()) or "nothing was read"
         raise UserError(
             f"domain '{config.domain}' has no data: {left_out}",
