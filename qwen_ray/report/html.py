@@ -116,15 +116,20 @@ def write_report(
     write_text(out, text.lstrip())  # macros leave blank lines before the doctype
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
+def templates(folder: Path) -> Environment:
+    """The page templates of a folder: everything is escaped, an unknown name is an error."""
+    return Environment(
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+
+def _environment() -> Environment:
+    environment = templates(HERE)
     environment.filters.update(
         points=_points, signed=_signed, interval=_interval, signed_interval=_signed_interval
     )

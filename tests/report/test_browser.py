@@ -1,7 +1,5 @@
 """The report in a real browser: nothing is asked of the network, everything shows, it fits a phone."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,39 +7,15 @@ from typing import Any
 import pytest
 from report_example import BASE, GOOD, comparison, example, result
 
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
+from tests.browser import chromium
+
 LONG = "mmlu high_school_european_history_and_more"
-
-
-def _missing(what: str) -> None:
-    """Skip on a developer's machine, where a browser may not be ours to install; in CI a missing browser must
-    not pass for a tested report."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{what}, and CI is set")
-    pytest.skip(what)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        _missing(f"no browser: set CHROMIUM or install one of {', '.join(names)}")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        _missing("the Python package playwright is not installed")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+    with chromium() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")

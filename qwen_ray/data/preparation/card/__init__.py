@@ -42,19 +42,12 @@ def write_card(card: dict[str, Any], out: Path) -> Path:
 
 def render(card: dict[str, Any]) -> str:
     """The page as HTML. See :func:`write_card`."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     from qwen_ray.report.html import HERE as REPORT
+    from qwen_ray.report.html import templates
 
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates(HERE)
     environment.filters.update(
         number=_number, share=_share, split=_split, cut=_cut, figure=_figure, path=_path
     )
