@@ -41,9 +41,29 @@ def last_step(out: Path) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
-def go(given: dict[str, Any], out: Path, *, until: int | None, victim: int = 0) -> None:
+class _Broke(Exception):
+    """The group failed by itself."""
+
+
+def go(given: dict[str, Any], out: Path, *, until: int | None, victim: int = 0, breaks: int = 0) -> int:
     """Start two ranks; at step ``until`` kill one as an operator's kernel would, and then the other, as Ray
-    does with a group that lost a member."""
+    does with a group that lost a member. Returns how often the group failed by itself, at most ``breaks``.
+
+    In one of some hundred starts on a busy machine gloo loses a message of fsdp's, and both ranks give up
+    after its time-out. Ray Train starts such a group again, and so does this.
+    """
+    for broke in range(breaks + 1):
+        try:
+            _go(given, out, until=until, victim=victim)
+        except _Broke:
+            if broke == breaks:
+                raise
+        else:
+            return broke
+    raise AssertionError("not reached")
+
+
+def _go(given: dict[str, Any], out: Path, *, until: int | None, victim: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             processes.Process(target=start_rank, args=(rank, 2, folder, work, (given, out)))
@@ -54,7 +74,10 @@ def go(given: dict[str, Any], out: Path, *, until: int | None, victim: int = 0) 
         deadline = time.monotonic() + 200
         while until is not None and last_step(out) < until:
             assert time.monotonic() < deadline, f"step {until} was not reached"
-            assert all(rank.exitcode is None for rank in ranks), f"a rank ended before step {until}"
+            if any(rank.exitcode is not None for rank in ranks):
+                for rank in ranks:
+                    rank.join(200)
+                raise _Broke(f"a rank ended before step {until}")
             time.sleep(0.002)
         if until is not None:
             for rank in (ranks[victim], ranks[1 - victim]):
@@ -76,9 +99,9 @@ def test_killed_20_times_is_the_run_nobody_touched(strategy: str, tmp_path: Path
         (tmp_path / name).mkdir()
     go(given, tmp_path / "whole", until=None)
     rng = random.Random(20)
-    resumed = set()
+    resumed, breaks = set(), 1
     for step in sorted(rng.sample(range(2, STEPS), KILLS)):
-        go(given, tmp_path / "killed", until=step, victim=rng.randrange(2))
+        breaks -= go(given, tmp_path / "killed", until=step, victim=rng.randrange(2), breaks=breaks)
         resumed |= {step_of(path) for path in complete(tmp_path / "killed" / "checkpoints")}
     go(given, tmp_path / "killed", until=None)
     assert len(resumed) > 5  # they went on from where they were, not from the start
