@@ -68,9 +68,9 @@ SHAPE = {
 }
 
 
-def settings(side: str, tokens: int) -> list[Setting]:
-    """What is tried for a side: about ``tokens`` a step, where a row holds 500 and a record 190."""
-    rows, records = tokens // 500, tokens // 190
+def settings(side: str, tokens: int, mean: float) -> list[Setting]:
+    """What is tried for a side: about ``tokens`` a step, where a row holds 500 and a record ``mean``."""
+    rows, records = tokens // 500, round(tokens / mean)
     if side == "ours":
         return [Setting(n, rows // n, attention="auto") for n in sorted({rows // 2, rows})]
     # Larger batches in random order, and FlashAttention's package, were tried too and were slower or absent.
@@ -244,10 +244,13 @@ def write_model(folder: Path) -> dict[str, Any]:
     return {**SHAPE, "parameters": model.num_parameters()}
 
 
-def write_data(files: list[Path], out: Path) -> dict[str, int]:
-    """Some of the records of all files, drawn at random; returns how many of each domain."""
+def write_data(files: list[Path], out: Path) -> tuple[dict[str, int], float]:
+    """Some of the records of all files, drawn at random; returns how many of each domain, and their mean
+    length in tokens."""
+    from qwen_ray import models
     from qwen_ray.data.formats import load_examples
     from qwen_ray.data.records import write_records
+    from qwen_ray.data.tokenise import tokenise
 
     records = [record for file in files for record in load_examples(file)]
     drawn = random.Random(SEED).sample(records, min(RECORDS_USED, len(records)))
@@ -255,7 +258,8 @@ def write_data(files: list[Path], out: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     for record in drawn:
         counts[record.domain] = counts.get(record.domain, 0) + 1
-    return counts
+    examples, _ = tokenise(drawn, models.load_tokenizer(models.resolve("tiny")), LENGTH)
+    return counts, statistics.fmean(len(e.ids) for e in examples)
 
 
 def arguments() -> argparse.Namespace:
@@ -280,12 +284,13 @@ def main() -> None:
     cases: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        records = write_data(args.data, folder / "data.jsonl")
+        records, mean = write_data(args.data, folder / "data.jsonl")
         shape = write_model(folder / "30m") if not args.quick else None
         for model in ["tiny"] if args.quick else ["tiny", "30m"]:
             # With the large model a step is nearly all arithmetic, with or without Ray.
-            cases |= run_model(args, folder, model, compared[:3] if model == "30m" else compared)
-            work = workload(records, shape)
+            sides = compared[:3] if model == "30m" else compared
+            cases |= run_model(args, folder, model, sides, mean)
+            work = {**workload(records, shape), "mean_record": mean}
             write_result(args, cases, compared=compared, work=work, facts=facts, began=began)  # so far
 
 
@@ -336,7 +341,7 @@ def write_result(
 
 
 def run_model(
-    args: argparse.Namespace, folder: Path, model: str, compared: tuple[str, ...]
+    args: argparse.Namespace, folder: Path, model: str, compared: tuple[str, ...], mean: float
 ) -> dict[str, Any]:
     """Choose each side's setting for one model, by full fine-tuning, and measure it with every method."""
     large = model != "tiny"
@@ -351,7 +356,7 @@ def run_model(
     best: dict[str, Setting] = {}
     tried: dict[str, Any] = {}
     for side in compared[:3]:
-        choice = settings(side, TOKENS_A_STEP[model])[: 2 if args.quick else None]
+        choice = settings(side, TOKENS_A_STEP[model], mean)[: 2 if args.quick else None]
         steps = (1, 1) if large or args.quick else (1, 4)
         best[side], tried[side] = try_settings(
             task(side, "full", choice, *steps, ray=False), 1 if large or args.quick else 4
