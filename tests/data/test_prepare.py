@@ -13,7 +13,6 @@ from qwen_ray.data.preparation.prepare import PrepareConfig, Prepared, beside, p
 from qwen_ray.data.records import Message, Record, read_records, write_records
 from qwen_ray.data.sources import SOURCES
 from qwen_ray.errors import UserError
-from qwen_ray.fsio import read_json
 
 Run = Callable[..., Prepared]
 
@@ -87,7 +86,7 @@ def test_draw_is_even_over_sources_and_the_rest_fills_up(book: Path, tmp_path: P
     assert card["per_license"] == {"CC0-1.0": 15, "MIT": 5}
 
 
-def test_twenty_records_with_every_fault_are_named_with_their_line(tmp_path: Path) -> None:
+def test_twenty_records_of_every_fault_are_named_with_their_line(tmp_path: Path) -> None:
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
 
     def line(**changes: Any) -> bytes:
@@ -98,37 +97,35 @@ def test_twenty_records_with_every_fault_are_named_with_their_line(tmp_path: Pat
         names = {"u": "user", "a": "assistant"}
         return [{"role": names[r], "content": t} for r, t in zip(roles, texts, strict=True)]
 
-    good = [line(messages=turns(f"Which organ number {i} pumps the blood?", f"Heart {i}.")) for i in range(6)]
-    faults = {
-        "broken JSON": b'{"messages": [{"role": "user", "content": "What',
-        "wrong encoding": '{"messages": "Was heißt'.encode("latin-1"),
-        "empty answer": line(messages=turns("What is a ribosome made of?", " ")),
-        "role order": line(messages=turns("What is a vacuole?", "And a plastid?", "A bag.", roles="uua")),
-        "huge": line(messages=turns("What is in a genome, letter by letter?", "acgt" * 20_000)),
-        "duplicated": good[0],
-        "contradictory": line(messages=turns("What colour is chlorophyll mostly?", "Green.")),
-        "contradictory too": line(messages=turns("What colour is chlorophyll mostly?", "Blue.")),
-        "licence": line(
-            messages=turns("What is a Golgi body for?", "For sorting proteins."), license="CC-BY-NC-4.0"
+    kinds: dict[str, Callable[[int], bytes]] = {
+        "JSON": lambda i: b'{"messages": [{"role": "user", "content": "What is number %d' % i,
+        "UTF-8": lambda i: f'{{"messages": "Was heißt Nummer {i}'.encode("latin-1"),
+        "empty": lambda i: line(messages=turns(f"What is ribosome number {i} made of?", " ")),
+        "order": lambda i: line(
+            messages=turns(f"What is vacuole {i}?", "And a plastid?", "A bag.", roles="uua")
         ),
-        "other domain": line(messages=turns("Who was the first king?", "Nobody knows."), domain="history"),
+        "more than": lambda i: line(messages=turns(f"What is in genome {i}, all of it?", "acgt" * 6_000)),
+        "earlier": lambda i: line(messages=turns(f"Which organ number {i} pumps the blood?", f"Heart {i}.")),
+        "another answer": lambda i: line(
+            messages=turns(f"What colour is leaf number {i // 2}?", ["Green.", "Blue."][i % 2])
+        ),
+        "licence": lambda i: line(
+            messages=turns(f"What is Golgi body {i} for?", "For sorting."), license="CC-BY-NC-4.0"
+        ),
+        "domain": lambda i: line(messages=turns(f"Who was king {i}?", "Nobody knows."), domain="history"),
     }
-    path.write_bytes(b"\n".join([*good, *faults.values()]) + b"\n")
-    prepared = run({"file": path}, out)
-    assert prepared.card["written"] == len(good)
-    lines = {drop["where"]: drop["reason"] for drop in dropped(out)}
-    assert set(lines) == {f"{path}:{n}" for n in range(7, 17)}
-    reasons = [lines[f"{path}:{n}"] for n in range(7, 17)]
-    assert len(set(reasons)) == 9  # the two that contradict each other share theirs
-    for words, reason in zip(
-        ("JSON", "UTF-8", "empty", "order", "characters", "earlier", "another answer"), reasons, strict=False
-    ):
-        assert words in reason
-    assert reasons[6] == reasons[7]
-    assert "licence" in reasons[8]
-    card = read_json(beside(out, "card.json"))
-    assert sum(d["count"] for d in card["dropped"].values()) == 10
-    assert card["sources"]["file"]["read"] == 16
+    good = [kinds["earlier"](i) for i in range(20)]
+    faults = [(words, make(i)) for words, make in kinds.items() for i in range(20)]
+    path.write_bytes(b"\n".join([*good, *(fault for _, fault in faults)]) + b"\n")
+    card = run({"file": path}, out).card
+    assert card["written"] == len(good) == len(read_records(out))
+    reasons = {drop["where"]: drop["reason"] for drop in dropped(out)}
+    assert len(reasons) == len(dropped(out)) == len(faults) == 180
+    for number, (words, _) in enumerate(faults, start=len(good) + 1):
+        assert words in reasons[f"{path}:{number}"]
+    assert len(card["dropped"]) == len(kinds)
+    assert all(drop["count"] == 20 for drop in card["dropped"].values())
+    assert card["sources"]["file"]["read"] == 200
 
 
 def test_the_same_input_again_does_nothing(book: Path, tmp_path: Path) -> None:
