@@ -1,4 +1,5 @@
-"""The command line: which verbs there are and what they take. What they do is in verbs.py.
+"""The command line: which verbs there are and what they take. What they do is in verbs.py; data_verbs.py has
+both for `qwen-ray data`.
 
 Results go to stdout, everything else to stderr; with ``--json`` stdout holds one JSON document.
 Exit codes: 0 done, 1 failed while running, 2 bad input, 3 a gate said no, 130 interrupted.
@@ -104,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_train(verbs: Any) -> None:
-    p = verb(verbs, "train", run.train, "fine-tune with Ray Train; the same command again resumes")
+    p = verb(verbs, "train", run.train, "fine-tune, here or by Ray Train; the same command again resumes")
     example(
         p,
         "qwen-ray train --model 3b --method lora --data data/biology.jsonl --workers 2 --out runs/bio",

@@ -149,6 +149,7 @@ def generate(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.data.generation.generate import generate as run_generate
     from qwen_ray.data.records import write_records
     from qwen_ray.data.sources import Drops
+    from qwen_ray.fsio import beside
 
     given = {"url": args.endpoint}
     for name in ("model", "key_variable", "questions", "concurrency"):
@@ -157,8 +158,7 @@ def generate(args: argparse.Namespace, output: Output) -> int:
     endpoint = validate(Endpoint, given, where="options", origin={"url": "--endpoint"})
     out, drops = Path(args.out), Drops()
     passages = read_passages(Path(args.passages), domain=args.domain, license=args.license, drops=drops)
-    replies = out.with_name(f"{out.name}.replies")
-    records = (found.record for found in run_generate(passages, endpoint, replies, drops))
+    records = (found.record for found in run_generate(passages, endpoint, beside(out, "replies"), drops))
     written = write_records(out, records)
     value = {"out": str(out), "written": written, "dropped": drops.to_dict()}
     lines = [f"{written} records in {out}"]

@@ -71,6 +71,11 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     return len(lines)
 
 
+def beside(path: Path, ending: str) -> Path:
+    """What belongs to a file: ``data/biology.jsonl`` -> ``data/biology.jsonl.card.json``."""
+    return path.with_name(f"{path.name}.{ending}")
+
+
 def files_under(root: Path) -> Iterator[Path]:
     """Every regular file below ``root``, sorted, relative to it."""
     yield from sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())

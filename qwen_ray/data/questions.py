@@ -6,11 +6,11 @@ else is read and in whatever order.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
 
+from qwen_ray.data.lots import digest, integer
 from qwen_ray.data.passages import independent_sentences, proper_nouns
 from qwen_ray.data.terms import Term, inflected, occurrences, written
 
@@ -21,7 +21,6 @@ __all__ = [
     "as_sentence",
     "choose",
     "cloze_questions",
-    "digest",
     "lay_out",
     "masked_definition",
     "multiple_choice",
@@ -57,7 +56,7 @@ _LEAST_WORDS = 3  # of a description with its name blanked out, for there to be 
 
 def choose(options: Sequence[str], key: str) -> str:
     """One of ``options``, by SHA-256 of ``key``."""
-    return options[_number(key) % len(options)]
+    return options[integer(key) % len(options)]
 
 
 def term_questions(term: Term, *, kind: str, seed_text: str) -> list[tuple[str, str]]:
@@ -122,7 +121,7 @@ def pick_distractors(answer: str, pool: Sequence[str], *, key: str, count: int =
 
     def rank(place: int, text: str) -> float:
         longer, shorter = max(len(text), len(said)), min(len(text), len(said))
-        luck = (_number(f"{key}/pick\0{text}") + 1) / 2**64
+        luck = (integer(f"{key}/pick\0{text}") + 1) / 2**64
         return (place + 8) ** 1.5 * (longer / (shorter + 1)) * luck
 
     candidates = dict.fromkeys(_one_line(text) for text in pool)
@@ -145,16 +144,6 @@ def _plain(text: str) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def digest(text: str) -> bytes:
-    """What every choice goes by."""
-    return hashlib.sha256(text.encode()).digest()
-
-
-def _number(text: str) -> int:
-    """64 bits of SHA-256."""
-    return int.from_bytes(digest(text)[:8], "big")
 
 
 # --- sentences -------------------------------------------------------------------------------------
@@ -201,7 +190,7 @@ def year_questions(passage: str, *, key: str) -> list[tuple[str, str]]:
         seed = f"{key}/{sentence}"
         question = choose(_FILL_YEAR, seed).format(sentence=blanked)
         asked = None
-        if _number(f"{seed}/open") % 2:
+        if integer(f"{seed}/open") % 2:
             asked = multiple_choice(question, year, _other_years(int(year), seed), key=seed)
         found.append(asked or (question, year))
     return found
@@ -209,14 +198,14 @@ def year_questions(passage: str, *, key: str) -> list[tuple[str, str]]:
 
 def _other_years(year: int, key: str) -> list[str]:
     """Three years near ``year``, so that the right one is as often the first of the four as any other."""
-    above = min(_number(f"{key}/above") % _CHOICES, (_LATEST - year) // _NEAREST)
+    above = min(integer(f"{key}/above") % _CHOICES, (_LATEST - year) // _NEAREST)
     others = []
     for side, count in ((1, above), (-1, _CHOICES - 1 - above)):
         room = _LATEST - year if side > 0 else _FARTHEST
         # Each from a stretch of its own, so that no two are alike.
         stretch = min((room - _NEAREST + 1) // max(count, 1), (_FARTHEST - _NEAREST) // (_CHOICES - 1))
         for i in range(count):
-            off = _NEAREST + i * stretch + _number(f"{key}/{side}/{i}") % stretch
+            off = _NEAREST + i * stretch + integer(f"{key}/{side}/{i}") % stretch
             others.append(str(year + side * off))
     return others
 

@@ -61,6 +61,11 @@ class Record:
         return json.dumps(self.to_dict(), ensure_ascii=False).encode() + b"\n"
 
     @staticmethod
+    def from_line(line: bytes) -> Record:
+        """Of a line that :meth:`line` made."""
+        return Record.from_dict(json.loads(line), where="")
+
+    @staticmethod
     def from_dict(row: Any, *, where: str) -> Record:
         """Check one JSON object. ``where`` (file:line) goes into the error."""
         if not isinstance(row, dict):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Iterable
 from typing import Any, TypeVar
+
+from qwen_ray.data.lots import integer
 
 MAX_VALIDATION = 512
 
@@ -14,7 +15,7 @@ T = TypeVar("T", bound=tuple[Any, ...])
 
 def number_of(id: str, *, seed: int) -> float:
     """In [0, 1), and decided by the two alone. A record is held out if it is below the fraction to hold."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{id}".encode()).digest()[:8], "big") / 2**64
+    return integer(f"{seed}/{id}") / 2**64
 
 
 def lowest(numbered: Iterable[T]) -> list[T]:

@@ -21,7 +21,7 @@ from qwen_ray.data.split import lowest
 from qwen_ray.data.stream_index import cached, index_of, parse_line
 from qwen_ray.data.tokenise import CHUNK, Example, tokenise
 from qwen_ray.errors import UserError
-from qwen_ray.fsio import sha256_file, sha256_json
+from qwen_ray.fsio import beside, sha256_file, sha256_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -153,7 +153,7 @@ def token_lengths(
         def make(numbers: range = numbers) -> Arrays:
             return _tokenise(files, numbers, tokenizer, max_length)
 
-        parts.append(cached(path.with_name(f"{path.name}.tokens.idx"), sha256_json([digest, rules]), make))
+        parts.append(cached(beside(path, "tokens.idx"), sha256_json([digest, rules]), make))
     return np.concatenate([p["length"] for p in parts]), np.concatenate([p["cut"] for p in parts])
 
 

@@ -7,7 +7,6 @@ it names the file's SHA-256. Where it cannot be written, each start makes it ane
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -18,10 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_ray.data.lots import integer
 from qwen_ray.data.records import Record
 from qwen_ray.data.split import MAX_VALIDATION, lowest, number_of
 from qwen_ray.errors import UserError
-from qwen_ray.fsio import fsync_dir, sha256_json
+from qwen_ray.fsio import beside, fsync_dir, sha256_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ def index_of(path: Path, digest: str, *, seed: int, held_fraction: float) -> Arr
     Raises :class:`UserError` naming the line at fault.
     """
     return cached(
-        path.with_name(f"{path.name}.idx"),
+        beside(path, "idx"),
         sha256_json([digest, seed, held_fraction]),
         lambda: _scan(path, seed=seed, held_fraction=held_fraction),
     )
@@ -106,7 +106,7 @@ def _scan(path: Path, *, seed: int, held_fraction: float) -> Arrays:
                 place.append(at)
                 domain.append(names.setdefault(record.domain, len(names)))
                 difficulty.append(float("nan") if record.difficulty is None else record.difficulty)
-                digest.append(int.from_bytes(hashlib.sha256(record.id.encode()).digest()[:8], "big"))
+                digest.append(integer(record.id))
             at += len(line)
     if not place:
         raise UserError("the file holds no record", where=str(path))

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from scipy import stats
 
+CHANGED = 0.2
+"""Share of items assumed to turn from right to wrong or back between two models."""
+
 
 def z_value(confidence: float) -> float:
     """Two-sided standard normal quantile: 1.96 for 0.95."""
@@ -45,6 +48,18 @@ def paired_difference(
     error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
     half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * error
     return mean, mean - half, mean + half
+
+
+def smallest_difference(n: int, *, changed: float = CHANGED, power: float = 0.8) -> float:
+    """Smallest true difference of two accuracies on the same ``n`` items that a test at 5% sees.
+
+    ``power`` is how often it does; ``changed`` the share of items that only one of the two answers right.
+    McNemar's test; Connor, Biometrics 43:207 (1987), solved for the difference.
+    """
+    beside_chance, with_power = z_value(0.95), z_value(2 * power - 1)
+    a, b = n + with_power**2, beside_chance * math.sqrt(changed * n)
+    c = changed * (beside_chance**2 - with_power**2)
+    return min(1.0, (b + math.sqrt(b * b - a * c)) / a)
 
 
 def _newcombe(

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from qwen_ray.data.preparation import prepare as prepare_module
-from qwen_ray.data.preparation.prepare import PrepareConfig, beside, prepare
+from qwen_ray.data.preparation.prepare import PrepareConfig, prepare
 from qwen_ray.data.records import Message, Record, write_records
+from qwen_ray.fsio import beside
 
 LINES = 3000
 

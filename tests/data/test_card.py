@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from lxml import html
 
-from qwen_ray.data.preparation.card import HITS_FOLDED, HITS_SHOWN, LONG, SHOWN, card_path, write_card
+from qwen_ray.data.preparation.card import HITS_FOLDED, HITS_SHOWN, LONG, SHOWN, write_card
+from qwen_ray.fsio import beside
 from tests.browser import chromium
 from tests.conftest import record
 
@@ -92,7 +93,7 @@ def rows(table: Any) -> list[list[str]]:
 def test_files(tmp_path: Path) -> None:
     out = tmp_path / "biology.jsonl"
     path = write_card(example(), out)
-    assert path == card_path(out, "html") == tmp_path / "biology.jsonl.card.html"
+    assert path == beside(out, "card.html") == tmp_path / "biology.jsonl.card.html"
     assert json.loads((tmp_path / "biology.jsonl.card.json").read_text()) == example()
     first = path.read_bytes()
     assert write_card(example(), out).read_bytes() == first

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen_ray.data.preparation import coverage
+from qwen_ray.data.quality import turns
 from qwen_ray.data.records import Message, Record
 
 
@@ -107,9 +108,10 @@ def test_report_of_nothing() -> None:
     assert report["lengths"]["answer"] == {"p5": 0, "p50": 0, "p95": 0, "max": 0}
 
 
-def test_shown_is_one_record_of_a_file() -> None:
-    line = json.dumps(book_record("book/ch1/1").to_dict()).encode() + b"\n"
-    assert coverage.shown(line) == "book/ch1/1: Why is that so? → Because."
+def test_a_record_comes_back_from_its_line() -> None:
+    one = book_record("book/ch1/1")
+    assert Record.from_line(one.line()) == one
+    assert turns.shown(one) == "book/ch1/1: Why is that so? → Because."
 
 
 @pytest.mark.shared

@@ -17,7 +17,6 @@ from qwen_ray.data.heldout.build import (
     HeldoutReport,
     build_heldout,
     check_disjoint,
-    smallest_difference,
 )
 from qwen_ray.data.heldout.items import CUES, MAX_CUE, Item, Placed, fault, guessed, read_item
 from qwen_ray.data.heldout.subjects import belongs
@@ -26,6 +25,7 @@ from qwen_ray.data.records import Message, Record, write_records
 from qwen_ray.data.sources.base import Drops, Found
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation import suites
+from qwen_ray.evaluation.statistics import smallest_difference
 from tests.data.quiz import quiz
 
 

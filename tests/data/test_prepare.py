@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from qwen_ray.config import read_settings, validate
-from qwen_ray.data.preparation.prepare import PrepareConfig, Prepared, beside, prepare
+from qwen_ray.data.preparation.prepare import PrepareConfig, Prepared, prepare
 from qwen_ray.data.records import Message, Record, read_records, write_records
 from qwen_ray.data.sources import SOURCES
 from qwen_ray.errors import UserError
+from qwen_ray.fsio import beside
 
 Run = Callable[..., Prepared]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from qwen_ray.data.generation.generate import Passage
 from qwen_ray.data.sources import Drops
 from qwen_ray.data.sources.archive import text_files
+from qwen_ray.data.sources.entries import slug
 from qwen_ray.data.sources.markdown import plain_text, sections
 
 SHORTEST, LONGEST = 200, 4000
@@ -22,20 +22,20 @@ def read_passages(path: Path, *, domain: str, license: str, drops: Drops) -> Ite
 
     Raises :class:`~qwen_ray.errors.UserError` where there is no such file.
     """
-    source = _slug(path.name.split(".")[0]) or "documents"
+    source = slug(path.name.split(".")[0])
     suffix = path.suffix if path.suffix in _SUFFIXES else ".md"
     if path.is_dir() and not any(path.rglob("*.md")) and any(path.rglob("*.txt")):
         suffix = ".txt"
     fix = "give a folder, an archive or a file with .md or .txt documents"
     for where, text in text_files(path, suffix, drops=drops, fix=fix):
-        document = _slug(Path(where).stem)
+        document = slug(Path(where).stem)
         for section in sections(text):
             for number, passage in enumerate(_cut(plain_text(section.text)), start=1):
                 place = f"{where}:{section.line}"
                 if len(passage) < SHORTEST:
                     drops.add(TOO_SHORT, passage, where=place)
                     continue
-                name = _slug(section.heading) or f"line-{section.line}"
+                name = slug(section.heading or f"line-{section.line}")
                 yield Passage(f"{source}/{document}/{name}-{number}", passage, domain, source, license, place)
 
 
@@ -48,7 +48,3 @@ def _cut(text: str) -> Iterator[str]:
         passage = f"{passage}\n\n{paragraph}" if passage else paragraph
     if passage:
         yield passage
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

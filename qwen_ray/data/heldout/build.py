@@ -11,7 +11,6 @@ A benchmark of 100 items cannot show a small gain, and a public one may have bee
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections import Counter
@@ -37,6 +36,7 @@ from qwen_ray.data.heldout.items import (
     without_cues,
     without_repeats,
 )
+from qwen_ray.data.lots import lot
 from qwen_ray.data.preparation.coverage import place, spread
 from qwen_ray.data.quality import checks as quality
 from qwen_ray.data.quality import turns
@@ -44,7 +44,7 @@ from qwen_ray.data.questions import LETTERS
 from qwen_ray.data.sources import get_source
 from qwen_ray.data.sources.base import Drop, Drops, Source
 from qwen_ray.errors import UserError
-from qwen_ray.evaluation.statistics import z_value
+from qwen_ray.evaluation.statistics import CHANGED, smallest_difference
 from qwen_ray.fsio import files_under, read_json, sha256_file, write_json, write_jsonl, write_text
 
 SCHEMA = "qwen-ray/heldout/1"
@@ -54,8 +54,6 @@ WANTED = 500
 """Test items a set should have; with fewer, small gains do not show."""
 SHOTS = 5
 """Items kept for the prompt's solved examples. They are not scored."""
-CHANGED = 0.2
-"""Share of items assumed to turn from right to wrong or back between two models."""
 
 _TEMPLATE = Path(__file__).parent / "template"
 _TEMPLATE_FILES = ("loader.py", "_letters.yaml", "_text.yaml")
@@ -158,7 +156,7 @@ def build_heldout(
     order = spread(
         fit,
         place=lambda one: place(one.found.record),
-        lot=lambda name: _lot(seed, name),
+        lot=lambda name: lot(seed, name),
         name=lambda one: f"{one.item.id}/{one.item.question}",
     )
     drawn = without_cues(order, drops)[: size + SHOTS if size else None]
@@ -224,18 +222,6 @@ def check_disjoint(training_manifest: Mapping[str, Any], heldout: Path) -> None:
         )
 
 
-def smallest_difference(n: int, *, changed: float = CHANGED, power: float = 0.8) -> float:
-    """Smallest true difference of two accuracies on the same ``n`` items that a test at 5% sees.
-
-    ``power`` is how often it does; ``changed`` the share of items that only one of the two answers right.
-    McNemar's test; Connor, Biometrics 43:207 (1987), solved for the difference.
-    """
-    beside_chance, with_power = z_value(0.95), z_value(2 * power - 1)
-    a, b = n + with_power**2, beside_chance * math.sqrt(changed * n)
-    c = changed * (beside_chance**2 - with_power**2)
-    return min(1.0, (b + math.sqrt(b * b - a * c)) / a)
-
-
 def _fit(source: Source, path: Path, domain: str, drops: Drops) -> Iterator[Placed]:
     """Sound records that are fit to be items."""
     for found in source.find(path, domain=domain, drops=drops):
@@ -271,15 +257,11 @@ def _not_in(benchmarks: Sequence[Benchmark], items: Sequence[Placed], drops: Dro
 
 def _lettered(item: Item, position: int, seed: int) -> Item:
     """Its choices in a new order. Of four items in a row each letter is right for one."""
-    lot = _lot(seed, "letters", str(position // CHOICES))
-    right = _ORDERS[int(lot[:8], 16) % len(_ORDERS)][position % CHOICES]
+    order = lot(seed, "letters", str(position // CHOICES))
+    right = _ORDERS[int(order[:8], 16) % len(_ORDERS)][position % CHOICES]
     wrong = [choice for i, choice in enumerate(item.choices) if i != item.answer]
-    wrong.sort(key=lambda choice: _lot(seed, item.id, choice))
+    wrong.sort(key=lambda choice: lot(seed, item.id, choice))
     return replace(item, choices=(*wrong[:right], item.choices[item.answer], *wrong[right:]), answer=right)
-
-
-def _lot(seed: int, *names: str) -> str:
-    return hashlib.sha256("\0".join([str(seed), *names]).encode()).hexdigest()
 
 
 def _hashes(path: Path) -> list[str]:

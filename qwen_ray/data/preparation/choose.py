@@ -6,8 +6,6 @@ does not depend on how the work was divided.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +13,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from qwen_ray.data.lots import lot
 from qwen_ray.data.preparation import coverage
 from qwen_ray.data.preparation.parts import Shard
-from qwen_ray.data.quality import duplicates
+from qwen_ray.data.quality import duplicates, turns
 from qwen_ray.data.records import Record
 from qwen_ray.data.sources import Drops
 
@@ -60,7 +59,7 @@ def lines(usable: Usable, drawn: Sequence[int]) -> Iterator[bytes]:
     for i in drawn:
         line = usable.line(i)
         if i in renamed:
-            line = replace(Record.from_dict(json.loads(line), where=""), id=renamed[i]).line()
+            line = replace(Record.from_line(line), id=renamed[i]).line()
         yield line
 
 
@@ -93,11 +92,6 @@ def choose(usable: Usable, *, seed: int, near: float | None, drops: Drops) -> li
     return coverage.spread(
         kept, place=lambda i: tuple(places[i]), lot=lambda text: lot(seed, text), name=lambda i: ids[i]
     )
-
-
-def lot(seed: int, text: str) -> str:
-    """Decides who comes first: by seed and name alone."""
-    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
 
 
 def _unique_ids(usable: Usable, drawn: Sequence[int]) -> dict[int, str]:
@@ -148,4 +142,4 @@ def _without_near(usable: Usable, kept: list[int], threshold: float, drops: Drop
 
 
 def _shown(usable: Usable, i: int) -> str:
-    return coverage.shown(usable.line(i))
+    return turns.shown(Record.from_line(usable.line(i)))

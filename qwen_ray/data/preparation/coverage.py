@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
@@ -31,11 +30,6 @@ def place(record: Record) -> tuple[str, ...]:
 def topic(record: Record) -> str:
     """Source and chapter: ``openstax_biology/ch05``."""
     return "/".join(place(record)[:TOPIC_DEPTH])
-
-
-def shown(line: bytes) -> str:
-    """:func:`~qwen_ray.data.quality.turns.shown` of a line of Record JSONL."""
-    return turns.shown(Record.from_dict(json.loads(line), where=""))
 
 
 def spread(

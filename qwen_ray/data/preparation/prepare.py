@@ -13,7 +13,6 @@ The same input, settings and seed give the same bytes, with or without a cluster
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections import Counter
@@ -36,6 +35,7 @@ from qwen_ray.data.records import Record
 from qwen_ray.data.sources import Drops, get_source
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import (
+    beside,
     files_under,
     read_json,
     replacing,
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 VERSION = "1"
 """Of what this module does with a record: another one makes the work anew."""
 SPAN = 4 * 2**20  # bytes of a local file that one part reads
-CARD_EXAMPLES, CARD_DROPS = 10, 20
+CARD_EXAMPLES = 10
 Progress = Callable[[int, int], None]
 
 
@@ -151,12 +151,7 @@ class Prepared:
                 lines.append("  these are the embedded ones: for MMLU and GSM8K give --benchmarks FOLDER")
         if value["not_drawn"]:
             lines.append(f"  usable but not drawn: {value['not_drawn']}")
-        return "\n".join([*lines, f"  card: {card.card_path(self.out, 'html')}"])
-
-
-def beside(out: Path, ending: str) -> Path:
-    """``data/biology.jsonl`` -> ``data/biology.jsonl.card.json``."""
-    return out.with_name(f"{out.name}.{ending}")
+        return "\n".join([*lines, f"  card: {beside(self.out, 'card.html')}"])
 
 
 def prepare(config: PrepareConfig, *, progress: Progress | None = None) -> Prepared:
@@ -206,7 +201,7 @@ def prepare(config: PrepareConfig, *, progress: Progress | None = None) -> Prepa
         "short_by": max(0, (config.size or 0) - len(drawn)),
         "not_drawn": len(order) - len(drawn),
         "sources": _sources(config, accounts, usable, drawn),
-        "dropped": _dropped(drops),
+        "dropped": drops.to_dict(),
         "contamination": {
             "checked": [{"benchmark": name, "items": n} for name, n in counts(items).items()],
             "hits": [hit for one in accounts for hit in one["hits"]],
@@ -266,7 +261,7 @@ def _hash_items(items: Sequence[Item]) -> str:
 
 
 def _unchanged(out: Path, fingerprint: str) -> Prepared | None:
-    manifest_file, card_file = beside(out, "manifest.json"), card.card_path(out, "json")
+    manifest_file, card_file = beside(out, "manifest.json"), beside(out, "card.json")
     if not (manifest_file.is_file() and card_file.is_file() and out.is_file()):
         return None
     manifest = read_json(manifest_file)
@@ -329,7 +324,7 @@ def _write(out: Path, usable: choose.Usable, drawn: Sequence[int], config: Prepa
     """The training file, whole or not at all; returns the card's lines about what is in it."""
     seen, scores = _Seen(), None
     if config.difficulty:
-        known = [_record(line) for line in choose.lines(usable, drawn)]
+        known = [Record.from_line(line) for line in choose.lines(usable, drawn)]
         scores = difficulty.score(known, config.difficulty)
     with replacing(out, "wb") as f:
         report = coverage.report(_written(f, choose.lines(usable, drawn), scores, seen), config.domain)
@@ -346,7 +341,7 @@ def _written(
     file: Any, lines: Iterator[bytes], scores: list[float | None] | None, seen: _Seen
 ) -> Iterator[Record]:
     for number, line in enumerate(lines):
-        record = _record(line)
+        record = Record.from_line(line)
         if scores and (loss := scores[number]) is not None:
             record = replace(record, difficulty=loss)
             seen.losses.append(loss)
@@ -355,10 +350,6 @@ def _written(
         if number < CARD_EXAMPLES:
             seen.first.append(record)
         yield record
-
-
-def _record(line: bytes) -> Record:
-    return Record.from_dict(json.loads(line), where="")
 
 
 def _sources(
@@ -382,13 +373,4 @@ def _sources(
     }
 
 
-def _dropped(drops: Drops) -> dict[str, Any]:
-    examples: dict[str, list[dict[str, str]]] = {}
-    for drop in drops.log:
-        shown = examples.setdefault(drop.reason, [])
-        if len(shown) < CARD_DROPS:
-            shown.append({"where": drop.where, "shown": drop.shown})
-    return {why: {"count": n, "examples": examples[why]} for why, n in drops.counts.most_common()}
-
-
-__all__ = ["PrepareConfig", "Prepared", "beside", "prepare"]
+__all__ = ["PrepareConfig", "Prepared", "prepare"]

@@ -9,7 +9,6 @@ records are told apart by a name, a number or a piece of code that only one of t
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import zlib
@@ -88,7 +87,7 @@ def signature(record: Record) -> Signatures:
 
 def text(line: bytes) -> Text:
     """What :func:`near_duplicates` asks for, of a line of Record JSONL."""
-    record = Record.from_dict(json.loads(line), where="")
+    record = Record.from_line(line)
     return Text(turns.question(record), turns.answer(record))
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from qwen_ray.data.records import Record
 
-MAX_EXAMPLES = 3
+MAX_EXAMPLES = 20
 SHOWN = 300  # characters of a record that are kept of what was left out
 
 
@@ -47,12 +47,12 @@ class Drops:
         return Counter(drop.reason for drop in self.log)
 
     def to_dict(self) -> dict[str, Any]:
-        """``{reason: {"count", "examples"}}``, most frequent first."""
-        found: dict[str, list[str]] = {}
+        """``{reason: {"count", "examples": [{"where", "shown"}]}}``, most frequent first."""
+        found: dict[str, list[dict[str, str]]] = {}
         for drop in self.log:
             shown = found.setdefault(drop.reason, [])
             if len(shown) < MAX_EXAMPLES:
-                shown.append(f"{drop.where}: {drop.shown}" if drop.where else drop.shown)
+                shown.append({"where": drop.where, "shown": drop.shown})
         return {why: {"count": n, "examples": found[why]} for why, n in self.counts.most_common()}
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from qwen_ray.data.lots import integer
 from qwen_ray.data.questions import multiple_choice, pick_distractors
 from qwen_ray.data.records import Message, Record
 from qwen_ray.data.sources.base import Found
@@ -60,7 +60,7 @@ def four_choices(question: str, answer: str, pool: Sequence[str], *, key: str) -
 
 def turned(items: Sequence[T], key: str) -> list[T]:
     """``items`` in a ring, from a place that ``key`` decides: questions draw on all of a long list."""
-    start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % max(1, len(items))
+    start = integer(key) % max(1, len(items))
     return [*items[start:], *items[:start]]
 
 

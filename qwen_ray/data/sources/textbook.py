@@ -7,13 +7,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from qwen_ray.data.lots import digest
 from qwen_ray.data.passages import proper_nouns
 from qwen_ray.data.questions import (
     Term,
     as_sentence,
     choose,
     cloze_questions,
-    digest,
     masked_definition,
     multiple_choice,
     pick_distractors,
@@ -22,6 +22,7 @@ from qwen_ray.data.questions import (
 )
 from qwen_ray.data.records import Message, Record
 from qwen_ray.data.sources.base import Drops, Found
+from qwen_ray.data.sources.entries import slug
 from qwen_ray.data.terms import occurrences, written
 
 AGAIN = "term defined before in the book"
@@ -124,7 +125,7 @@ def _glossary(sections: Iterable[Section], drops: Drops) -> dict[str, list[_Entr
     for section in sections:
         entries = glossary.setdefault(section.id, [])
         for name, definition in section.glossary:
-            where = f"{section.place}/{_slug(name)}"
+            where = f"{section.place}/{slug(name)}"
             if len(definition.split()) < 2:
                 drops.add(SHORT, f"{name}: {definition}", where=where)
             elif name.casefold() in defined:
@@ -149,11 +150,11 @@ def _ask_terms(
         pool = [e for tier in tiers for e in sorted(tier, key=lambda e: digest(f"{term.name}/{e.term.name}"))]
         define, *name = term_questions(term, kind="term", seed_text=term.name)
         told = f"{term.definition.rstrip('.')} ({other})" if other else term.definition
-        yield f"define-{_slug(term.name)}", Text(define[0], as_sentence(told))
+        yield f"define-{slug(term.name)}", Text(define[0], as_sentence(told))
         if name:
-            yield f"name-{_slug(term.name)}", Text(*name[0])
+            yield f"name-{slug(term.name)}", Text(*name[0])
         if asked := _choose_term(term, other, pool):
-            yield f"choose-{_slug(term.name)}", Text(*asked)
+            yield f"choose-{slug(term.name)}", Text(*asked)
 
 
 def _choose_term(term: Term, other: str, pool: Sequence[_Entry]) -> tuple[str, str] | None:
@@ -242,7 +243,3 @@ def _usage(counts: Counter[str]) -> str:
     if counts["place"] * 5 >= counts.total() > 0:
         return "place"
     return max(sorted(counts), key=lambda use: counts[use], default="")
-
-
-def _slug(term: str) -> str:
-    return re.sub(r"[^\w]+", "-", term.casefold()).strip("-")

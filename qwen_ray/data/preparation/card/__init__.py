@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_ray.fsio import write_json, write_text
+from qwen_ray.fsio import beside, write_json, write_text
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -23,19 +23,14 @@ LONG = 900
 """Characters of a text that stand open."""
 
 
-def card_path(out: Path, suffix: str) -> Path:
-    """``data/biology.jsonl`` -> ``data/biology.jsonl.card.html`` for the suffix ``html``."""
-    return out.with_name(f"{out.name}.card.{suffix}")
-
-
 def write_card(card: dict[str, Any], out: Path) -> Path:
     """Write ``<out>.card.html`` and ``<out>.card.json``; returns the page's path.
 
     ``card`` is what the pipeline counted (schema ``qwen-ray/data-card/1``, docs/data.md). The page holds no
     script and asks for nothing; every text of a record is escaped. The same card gives the same bytes.
     """
-    write_json(card_path(out, "json"), card)
-    page = card_path(out, "html")
+    write_json(beside(out, "card.json"), card)
+    page = beside(out, "card.html")
     write_text(page, render(card))
     return page
 
