@@ -118,7 +118,7 @@ def _add_train(verbs: Any) -> None:
         "--data",
         action="append",
         metavar="FILE",
-        help="training data: Record JSONL, Alpaca, ShareGPT or messages; may be repeated",
+        help="training data: Records, Alpaca, ShareGPT, messages, CSV ...; may be repeated",
     )
     p.add_argument(
         "--workers",

@@ -71,7 +71,7 @@ class StageConfig(Section):
 
 class DataConfig(Section):
     train: list[str] = []
-    """Data files: Record JSONL, Alpaca, ShareGPT or messages."""
+    """Data files: Record JSONL, Alpaca, ShareGPT, messages and others (docs/data.md)."""
     validation: list[str] = []
     """Data files never trained on, for the validation loss. Empty: hold out validation_fraction."""
     validation_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.02

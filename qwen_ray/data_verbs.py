@@ -38,7 +38,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--difficulty", metavar="MODEL", help="note this model's loss on each answer")
     p.add_argument("--workers", type=int, help="Ray Data tasks at once; 0 works in this process (0)")
     p.add_argument("--dry-run", action="store_true", help="print the settings and do nothing")
-    set_option(p)
+    set_option(p, "limits.min_answer=1")
     p = verb(data, "heldout", heldout, "make a multiple-choice test of sources that are not trained on")
     example(
         p,

@@ -29,12 +29,12 @@ def group(parent: Any, name: str, help_text: str) -> Any:
     return parser.add_subparsers(metavar="VERB", required=True)
 
 
-def set_option(parser: argparse.ArgumentParser) -> None:
+def set_option(parser: argparse.ArgumentParser, such_as: str = "method.r=32") -> None:
     parser.add_argument(
         "--set",
         action="append",
         metavar="KEY=VALUE",
-        help="any other key of the configuration, such as method.r=32; may be repeated",
+        help=f"any other key of the configuration, such as {such_as}; may be repeated",
     )
 
 

@@ -289,10 +289,11 @@ def _fit(trainer: Any, out: Path, progress: Progress | None) -> Any:
     try:
         while thread.is_alive():
             thread.join(timeout=0.5)
-            for row in tail.rows() if progress else ():
-                if progress and row["step"] > shown:  # not those repeated after a failure
-                    progress(row)
-                    shown = row["step"]
+            if progress:
+                for row in tail.rows():
+                    if row["step"] > shown:  # not those repeated after a failure
+                        progress(row)
+                        shown = row["step"]
     except KeyboardInterrupt:
         cluster.disconnect()
         raise
