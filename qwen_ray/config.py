@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -194,6 +194,8 @@ class ClusterConfig(Section):
 class EvaluateConfig(Section):
     every_steps: Annotated[int, Field(ge=1)] = 50
     """Validation loss every so many steps, and at the end."""
+    at: list[Annotated[float, Field(gt=0, le=1)]] = []
+    """Validation loss at these shares of the run too."""
     suites: list[str] = []
     """Benchmarks (see `qwen-ray eval`) to run on the live weights while training."""
     suites_every_steps: Annotated[int, Field(ge=1)] = 200
@@ -284,14 +286,20 @@ def build_config(
     Raises :class:`UserError` naming the key, where it stands and the nearest valid name.
     """
     user, origin = read_settings(file, flags=flags, sets=sets)
-    method = _get(user, "method.name", "lora")
-    preset = models.resolve(str(_get(user, "model.name", "tiny"))).preset
+    return complete(user, where=str(file) if file else "configuration", origin=origin)
+
+
+def complete(tree: Mapping[str, Any], *, where: str, origin: Mapping[str, str] | None = None) -> RunConfig:
+    """What a user has given as a tree, on top of the defaults of method and model. Raises
+    :class:`UserError` as :func:`build_config` does; ``where`` the tree stands, and ``origin`` some keys."""
+    method = get(tree, "method.name", "lora")
+    preset = models.resolve(str(get(tree, "model.name", "tiny"))).preset
     merged: dict[str, Any] = {}
     for layer in (_METHOD_DEFAULTS.get(str(method), {}), preset.get("all", {}), preset.get(str(method), {})):
         for key, value in layer.items():
-            _put(merged, key, value, where="preset")
-    _merge(merged, user)
-    return validate(RunConfig, merged, where=str(file) if file else "configuration", origin=origin)
+            put(merged, key, value, where="preset")
+    _merge(merged, tree)
+    return validate(RunConfig, merged, where=where, origin=origin or {})
 
 
 def read_settings(
@@ -304,7 +312,7 @@ def read_settings(
     user: dict[str, Any] = {} if file is None else _read_yaml(file)
     origin: dict[str, str] = {}
     for key, value in (flags or {}).items():
-        _put(user, key, value, where=f"--{key}")
+        put(user, key, value, where=f"--{key}")
         origin[key] = f"--{key.split('.')[-1].replace('_', '-')}"
     for item in sets or []:
         key, equals, text = item.partition("=")
@@ -316,7 +324,7 @@ def read_settings(
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        _put(user, key.strip(), _number(value), where=f"--set {item}")
+        put(user, key.strip(), _number(value), where=f"--set {item}")
         origin[key.strip()] = f"--set {item}"
     return user, origin
 
@@ -341,23 +349,39 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-def reference() -> str:
+def reference(kind: type[Section] = RunConfig) -> str:
     """Every key, its type, default and meaning, as a Markdown table (docs/configuration.md)."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
-    for name, field in RunConfig.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            lines += [_row(f"{name}.{key}", inner) for key, inner in field.annotation.model_fields.items()]
+    rows = [_row(key, field) for key, field in fields(kind)]
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows])
+
+
+def fields(kind: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key of a tree and its field; ``KEY`` stands for the keys of a mapping of sections."""
+    for name, field in kind.model_fields.items():
+        section, of_mapping = _section(field.annotation)
+        if section is None:
+            yield name, field
         else:
-            lines.append(_row(name, field))
-    return "\n".join(lines)
+            inside = f"{name}.KEY" if of_mapping else name
+            yield from ((f"{inside}.{key}", inner) for key, inner in fields(section))
+
+
+def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a field holds, perhaps or once for each key, and whether it is the latter."""
+    choices = [a for a in typing.get_args(annotation) if a is not type(None)]
+    of_mapping = typing.get_origin(annotation) is dict
+    if of_mapping or len(choices) == 1 < len(typing.get_args(annotation)):
+        annotation = choices[-1]
+    found = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return (annotation if found else None), of_mapping
 
 
 def _row(key: str, field: FieldInfo) -> str:
-    default = json.dumps(field.get_default(call_default_factory=True))
+    default = "" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
     choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
     one_of = f" One of {', '.join(f'`{c}`' for c in choices)}." if choices else ""
     meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-    return f"| `{key}` | `{default}` | {meaning}{one_of} |"
+    return f"| `{key}` | {f'`{default}`' if default else 'required'} | {meaning}{one_of} |"
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -390,7 +414,8 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _put(tree: dict[str, Any], dotted: str, value: Any, *, where: str) -> None:
+def put(tree: dict[str, Any], dotted: str, value: Any, *, where: str) -> None:
+    """Set the value of a dotted key in a tree; :class:`UserError` if a part of the key is no section."""
     *parents, last = dotted.split(".")
     for name in parents:
         tree = tree.setdefault(name, {})
@@ -399,7 +424,8 @@ def _put(tree: dict[str, Any], dotted: str, value: Any, *, where: str) -> None:
     tree[last] = value
 
 
-def _get(tree: dict[str, Any], dotted: str, default: Any) -> Any:
+def get(tree: Mapping[str, Any], dotted: str, default: Any) -> Any:
+    """The value of a dotted key in a tree."""
     for name in dotted.split("."):
         if not isinstance(tree, dict) or name not in tree:
             return default
@@ -407,7 +433,7 @@ def _get(tree: dict[str, Any], dotted: str, default: Any) -> Any:
     return tree
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             _merge(base[key], value)
@@ -438,10 +464,13 @@ def _user_error(
 
 
 def _fields_at(kind: type[BaseModel], loc: list[str]) -> list[str]:
-    model: Any = kind
-    for name in loc:
-        field = model.model_fields.get(name)
-        model = field.annotation if field else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+    names = iter(loc)
+    for name in names:
+        field = kind.model_fields.get(name)
+        section, of_mapping = _section(field.annotation) if field else (None, False)
+        if section is None:
             return []
-    return list(model.model_fields)
+        if of_mapping:
+            next(names, None)
+        kind = section
+    return list(kind.model_fields)

@@ -20,7 +20,7 @@ from qwen_ray.data.split import lowest, number_of
 from qwen_ray.data.stream import RecordFiles, StreamedExamples, token_lengths
 from qwen_ray.data.tokenise import Example, tokenise
 from qwen_ray.errors import UserError
-from qwen_ray.fsio import sha256_file
+from qwen_ray.fsio import sha256_file, sha256_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +56,40 @@ class _Pool:
     dropped: _Count
 
 
+@dataclass(frozen=True)
+class _Tokenised:
+    """Files read, split and tokenised; what is drawn from them is another matter."""
+
+    pool: _Pool
+    held_out: list[Example]
+    files: dict[str, str]
+    """SHA-256 of each."""
+    max_length: int
+
+
+_DECIDES_TOKENS = {"train", "validation", "validation_fraction", "max_length", "curriculum", "streaming"}
+"""What of a configuration decides a :class:`_Tokenised`, beside the seed."""
+
+
+class Datasets:
+    """Builds the datasets of many runs on one tokenizer; what several share is read and tokenised once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, context: int) -> None:
+        self._tokenizer, self._context = tokenizer, context
+        self._read: dict[str, _Tokenised] = {}
+        self._held_out: dict[tuple[str, bool], dict[str, list[Row]]] = {}
+
+    def build(self, config: DataConfig, *, seed: int) -> Dataset:
+        """As :func:`build_dataset`. Equal validation rows are one object."""
+        splits = not config.validation and config.validation_fraction > 0  # by the seed
+        key = sha256_json([config.model_dump(mode="json", include=_DECIDES_TOKENS), splits and seed])
+        if key not in self._read:
+            self._read[key] = _tokenised(config, self._tokenizer, seed=seed, context=self._context)
+        dataset = _dataset(config, self._read[key], seed=seed)
+        dataset.validation = self._held_out.setdefault((key, config.packing), dataset.validation)
+        return dataset
+
+
 def build_dataset(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, context: int
 ) -> Dataset:
@@ -63,10 +97,18 @@ def build_dataset(
 
     ``context`` is the model's longest sequence; rows are never longer.
     """
+    return _dataset(config, _tokenised(config, tokenizer, seed=seed, context=context), seed=seed)
+
+
+def _tokenised(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, context: int
+) -> _Tokenised:
     train, validation = load_splits(config, seed=seed)
     max_length = min(config.max_length, context)
+    known: dict[str, str] = {}
     if isinstance(train, RecordFiles):
         pool = _streamed(config, train, tokenizer, max_length)
+        known = dict(zip(config.train, train.digests, strict=True))
     else:
         pool = _in_memory(config, train, tokenizer, max_length)
     held_out, _ = tokenise(validation, tokenizer, max_length)
@@ -75,6 +117,12 @@ def build_dataset(
             log.warning(
                 "%d records %s at %d tokens, the first: %s", count.records, name, max_length, count.first
             )
+    files = {path: known.get(path) or sha256_file(Path(path)) for path in [*config.train, *config.validation]}
+    return _Tokenised(pool, held_out, files, max_length)
+
+
+def _dataset(config: DataConfig, read: _Tokenised, *, seed: int) -> Dataset:
+    pool, max_length = read.pool, read.max_length
     ones = {d: array("B", [1]) * len(lengths) for d, lengths in pool.lengths.items()}
     mixture = make_mixture(
         config, pool.lengths if config.unit == "tokens" else ones, seed=seed, difficulty=pool.difficulty
@@ -87,13 +135,10 @@ def build_dataset(
         window=config.packing_window,
         lengths=pool.lengths,
     )
-    known = dict(zip(config.train, train.digests, strict=True)) if isinstance(train, RecordFiles) else {}
     manifest = {
-        "files": {
-            path: known.get(path) or sha256_file(Path(path)) for path in [*config.train, *config.validation]
-        },
+        "files": read.files,
         "train_records": {d: len(lengths) for d, lengths in sorted(pool.lengths.items())},
-        "validation_records": len(held_out),
+        "validation_records": len(read.held_out),
         "shares": mixture.shares,
         "stages": [{"until": until, "shares": shares} for until, shares in mixture.stages],
         "unit": config.unit,
@@ -103,7 +148,7 @@ def build_dataset(
     }
     validation_rows = {
         domain: pack(es, max_length=max_length, packing=config.packing)
-        for domain, es in sorted(_by_domain(held_out).items())
+        for domain, es in sorted(_by_domain(read.held_out).items())
     }
     return Dataset(stream, validation_rows, manifest)
 

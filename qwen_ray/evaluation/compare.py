@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from qwen_ray.errors import UserError, did_you_mean
-from qwen_ray.evaluation.statistics import paired_difference
+from qwen_ray.evaluation.statistics import ROUNDING, paired_difference
 
 SCHEMA = "qwen-ray/comparison/1"
 
@@ -124,7 +124,7 @@ def _verdict(rows: list[dict[str, Any]], gate: Gate) -> tuple[str, list[str]]:
             f"{row['name']} {_points(row['delta'])} (interval {_points(lo)} to {_points(hi)}, n={row['n']})"
         )
         if row["role"] == "strength":
-            if row["delta"] < -gate.tolerance:
+            if row["delta"] < -(gate.tolerance + ROUNDING):
                 worse = True
                 reasons.append(f"{change}: lost more than the tolerance of {gate.tolerance * 100:g} points")
             else:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation.compare import Gate, compare
-from qwen_ray.evaluation.statistics import paired_difference
+from qwen_ray.evaluation.statistics import ROUNDING, paired_difference
 
 Action = Literal["warn", "stop", "rollback"]
 STATE_VERSION = 1
@@ -127,7 +127,7 @@ class ForgettingMonitor:
                 detectable=self._detectable(self._scores(suite, row["name"]), row["delta_ci"]),
             )
             for suite, row in self._strengths(results)
-            if row["delta"] < -self.gate.tolerance
+            if row["delta"] < -(self.gate.tolerance + ROUNDING)
         )
         score = _target_mean(results)
         if not fallen and score >= self._best_score:

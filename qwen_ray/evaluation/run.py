@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_ray import models
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation import suites
 from qwen_ray.evaluation.harness import evaluate
 from qwen_ray.fsio import write_json
+
+if TYPE_CHECKING:
+    from qwen_ray.serving.engines.torch import TorchEngine
 
 
 def evaluate_endpoint(
@@ -32,9 +35,18 @@ def evaluate_endpoint(
 
 
 def evaluate_local(
-    model: str, adapter: Path | None, suite: str, *, out: Path, **settings: Any
+    model: str,
+    adapter: Path | None,
+    suite: str,
+    *,
+    out: Path,
+    engine: TorchEngine | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Load ``model``, put the PEFT folder ``adapter`` on it, and benchmark it in this process."""
+    """Load ``model``, put the PEFT folder ``adapter`` on it, and benchmark it in this process.
+
+    ``engine``: one that has ``model`` loaded already; the adapter is taken off it again.
+    """
     chosen = suites.load(suite)
     ref = models.resolve(model)
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
@@ -47,7 +59,7 @@ def evaluate_local(
     from qwen_ray.serving.backends import EngineBackend
     from qwen_ray.serving.engines.torch import TorchEngine
 
-    engine = TorchEngine.load(ref)
+    engine = engine or TorchEngine.load(ref)
     key = None
     if adapter is not None:
         key = "adapter"
@@ -56,6 +68,8 @@ def evaluate_local(
     result = evaluate(
         chosen, QwenRayLM(backend), model=ref.id, adapter=str(adapter) if adapter else None, **settings
     )
+    if key is not None:
+        engine.remove_adapter(key)
     result["settings"]["endpoint"] = False
     write_json(out, result)
     return result

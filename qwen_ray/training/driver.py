@@ -75,23 +75,26 @@ class TrainedRun:
     """Why it ended before its last step, if it did."""
 
 
-def run_training(config: RunConfig, *, progress: Progress | None = None) -> TrainedRun:
+def run_training(
+    config: RunConfig, *, progress: Progress | None = None, group: str | None = None
+) -> TrainedRun:
     """Train as ``config`` says; go on where an earlier start of the same run left off.
 
-    ``progress`` gets each row of metrics as it appears. Raises :class:`UserError` for bad input,
-    ``RuntimeError`` when training failed for good, ``KeyboardInterrupt`` when it was interrupted.
+    ``progress`` gets each row of metrics as it appears; ``group`` is wandb's group of the run. Raises
+    :class:`UserError` for bad input, ``RuntimeError`` when training failed for good, ``KeyboardInterrupt``
+    when it was interrupted.
     """
-    config = _decided(_absolute(config))
+    config = _decided(absolute(config))
     out = Path(config.out)
     _check_input(config)
-    with _locked(out):
+    with locked(out):
         run = _open_run(out, config)
         if run["state"] == "done":
             return _finished(out, run)
         write_json(out / RUN, {**run, "state": "running"})
         try:
             start = _run_alone if config.cluster.workers == 0 else _run_on_ray
-            result = start(config, out, run["id"], progress)
+            result = start(config, out, run["id"], progress, group)
             run["result"] = {**result, "artifact": _publish(result, out, config)}
         except BaseException as e:
             state = "interrupted" if isinstance(e, KeyboardInterrupt) else "failed"
@@ -101,7 +104,7 @@ def run_training(config: RunConfig, *, progress: Progress | None = None) -> Trai
         return _finished(out, run)
 
 
-def _absolute(config: RunConfig) -> RunConfig:
+def absolute(config: RunConfig) -> RunConfig:
     """Workers run in folders of their own, so every path must be whole."""
     config = config.model_copy(deep=True)
     config.out = str(Path(config.out).expanduser().resolve())
@@ -140,15 +143,15 @@ def _check_input(config: RunConfig) -> None:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Two processes writing one run would ruin it."""
+def locked(out: Path) -> Iterator[None]:
+    """Two processes writing one run, or one sweep, would ruin it."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                "another process is training in this folder",
+                "another process is writing in this folder",
                 where=str(out),
                 fix="wait for it, or choose another --out",
             ) from None
@@ -190,7 +193,9 @@ def _finished(out: Path, run: dict[str, Any]) -> TrainedRun:
     )
 
 
-def _run_alone(config: RunConfig, out: Path, run_id: str, progress: Progress | None) -> dict[str, Any]:
+def _run_alone(
+    config: RunConfig, out: Path, run_id: str, progress: Progress | None, group: str | None
+) -> dict[str, Any]:
     """The loop in this process."""
     import torch
 
@@ -201,7 +206,7 @@ def _run_alone(config: RunConfig, out: Path, run_id: str, progress: Progress | N
             fix="--workers 1 or more, or strategy.name=ddp",
         )
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    tracker = Tracker(out, config, run_id)
+    tracker = Tracker(out, config, run_id, group=group)
 
     def on_metrics(row: dict[str, Any]) -> None:
         tracker(row)
@@ -219,7 +224,9 @@ def _run_alone(config: RunConfig, out: Path, run_id: str, progress: Progress | N
         tracker.close()
 
 
-def _run_on_ray(config: RunConfig, out: Path, run_id: str, progress: Progress | None) -> dict[str, Any]:
+def _run_on_ray(
+    config: RunConfig, out: Path, run_id: str, progress: Progress | None, group: str | None
+) -> dict[str, Any]:
     """The loop under Ray Train V2, one process a worker."""
     workers = config.cluster.workers or 1
     fewest = config.cluster.min_workers or workers
@@ -249,7 +256,12 @@ def _run_on_ray(config: RunConfig, out: Path, run_id: str, progress: Progress | 
         }
     trainer = TorchTrainer(
         work,
-        train_loop_config={"config": config.model_dump(mode="json"), "out": str(out), "run_id": run_id},
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "out": str(out),
+            "run_id": run_id,
+            "group": group,
+        },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(use_gpu=bool(gpus), resources_per_worker=resources, **scaling),
         run_config=RayRunConfig(
@@ -370,23 +382,30 @@ def _check_room(resources: dict[str, float], workers: int) -> None:
 def _publish(result: dict[str, Any], out: Path, config: RunConfig) -> str:
     """Give what the loop left its lineage and its name; returns the folder's name."""
     name = "model" if config.method.name == "full" else "adapter"
-    staging = out / ARTIFACT
+    publish(out / ARTIFACT, out / name, config, data=result["data"], step=result["step"])
+    return name
+
+
+def publish(staging: Path, final: Path, config: RunConfig, *, data: dict[str, Any], step: int) -> None:
+    """Give the adapter or model in ``staging`` its lineage, and the name ``final`` once it is whole.
+
+    ``data`` is the manifest of what it was trained on, ``step`` the one whose weights it holds.
+    """
     ref = models.resolve(config.model.name)
     write_json(
         staging / LINEAGE,
         {
             "base": {"id": ref.id, "location": config.model.name, "fingerprint": models.fingerprint(ref)},
             "config": config.model_dump(mode="json"),
-            "data": result["data"],
-            "step": result["step"],
+            "data": data,
+            "step": step,
             "versions": {"qwen-ray": __version__, "torch": version("torch")},
         },
     )
     fsync_tree(staging)
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(out / name)
-    staging.rename(out / name)
-    return name
+        shutil.rmtree(final)
+    staging.rename(final)
 
 
 class ProgressBar:

@@ -19,7 +19,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,17 +105,22 @@ class Run:
 
         Where a run is stored, how it is watched, spread and split into micro-batches are left out.
         """
-        decides = self.config.model_dump(
-            mode="json",
-            include={
-                **dict.fromkeys(("model", "method", "optim", "precision", "seed"), True),
-                "data": {"packing", "packing_window", "max_epochs", "curriculum"},
-            },
-            exclude={"optim": {"batch_size", "gradient_accumulation"}},
-        )
-        decides |= {"base": self.base, "rows_a_step": self.rows_a_step}
-        decides["data"] |= {**self.data.manifest, "files": sorted(self.data.manifest["files"].values())}
-        return sha256_json(decides)
+        return identity(self.config, self.base, self.data)
+
+
+def identity(config: RunConfig, base: str, data: Dataset) -> str:
+    """See :attr:`Run.identity`. ``base``: the fingerprint of the base's weights."""
+    decides = config.model_dump(
+        mode="json",
+        include={
+            **dict.fromkeys(("model", "method", "optim", "precision", "seed"), True),
+            "data": {"packing", "packing_window", "max_epochs", "curriculum"},
+        },
+        exclude={"optim": {"batch_size", "gradient_accumulation"}},
+    )
+    decides |= {"base": base, "rows_a_step": config.rows_a_step}
+    decides["data"] |= {**data.manifest, "files": sorted(data.manifest["files"].values())}
+    return sha256_json(decides)
 
 
 def train(
@@ -137,9 +142,8 @@ def train(
     """
     found = store.newest()
     run = set_up(config, strategy, started=found[0] if found else None)
-    stream, optim = run.data.stream, config.optim
-    rows = optim.max_steps * run.rows_a_step if optim.max_steps else None
-    total = max(1, -(-stream.plan(rows=rows, passes=optim.epochs) // run.rows_a_step))
+    stream, total = run.data.stream, plan(config, run.data)
+    points = {max(1, round(share * total)) for share in config.evaluate.at}
     first = restore(run, *found) if found else 0
     stopped: str | None = found[1].get("stopped") if found else None
     rolls_back = bool(config.evaluate.suites) and config.evaluate.on_forgetting == "rollback"
@@ -159,7 +163,7 @@ def train(
                 trace.write(json.dumps({"step": step, "start": store.start, "ids": data.ids}) + "\n")
                 trace.flush()
             must_save = notice.given(step)
-            if step == total or step % config.evaluate.every_steps == 0:
+            if step == total or step % config.evaluate.every_steps == 0 or step in points:
                 metrics |= validation_loss(run)
             if config.evaluate.suites and (step == total or step % config.evaluate.suites_every_steps == 0):
                 verdict = judge(run, step, metrics)
@@ -179,6 +183,18 @@ def train(
     if artifact is not None:
         hand_over(run, artifact)
     return Result(steps=step, resumed_from=first, step=kept, data=run.data.manifest, stopped=stopped)
+
+
+def plan(config: RunConfig, data: Dataset) -> int:
+    """Fix the length of the run in its stream; returns the number of its steps."""
+    optim, rows_a_step = config.optim, config.rows_a_step
+    rows = optim.max_steps * rows_a_step if optim.max_steps else None
+    return max(1, -(-data.stream.plan(rows=rows, passes=optim.epochs) // rows_a_step))
+
+
+def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Of the generator that drops out in step number ``step`` (from 1)."""
+    return int(sha256_json([seed, step - 1, rank])[:15], 16)
 
 
 class Notice:
@@ -210,34 +226,45 @@ def take_step(run: Run, step: int, total: int, data: Step, notice: Notice) -> di
     """Step number ``step`` (from 1) and its metrics. Sets ``notice.due``."""
     config, strategy = run.config, run.strategy
     rate = learning_rate(step - 1, total, config.optim)
-    torch.manual_seed(int(sha256_json([config.seed, step - 1, strategy.rank])[:15], 16))
+    torch.manual_seed(dropout_seed(config.seed, step, strategy.rank))
     losses, norm = train_step(run, data, rate)
     wanted = losses.new_full((1,), float(notice.wanted and strategy.rank == 0))
     sums = strategy.sum(torch.cat([wanted, losses])).tolist()  # the step's one wait for the device
     mean, notice.due = sums[1] / data.supervised, sums[0] > 0
     if not math.isfinite(mean):
         raise FloatingPointError(f"the loss is {mean} at step {step}; lower optim.learning_rate")
-    rates = run.meter.step(
-        time.perf_counter() - run.clock,
-        padded=data.padded,
-        tokens=data.tokens,
-        supervised=data.supervised,
-        length=data.attended,
-    )
+    of_domains = {}
+    if run.loss.nats is not None:
+        of_domains = {domain: sums[2 + i] for domain, i in run.feed.domains.items()}
     return {
         "step": step,
         "total_steps": total,
-        "loss": mean,
-        **{
-            f"loss/{domain}": sums[2 + run.feed.domains[domain]] / tokens
-            for domain, tokens in data.supervised_of.items()
-            if run.loss.nats is not None
-        },
+        **losses_of(data, sums[1], of_domains),
         "learning_rate": rate,
         "grad_norm": float(norm),
-        "passes": data.passes,
         "workers": strategy.world_size,
-        **rates,
+        **rates_of(data, run.meter, time.perf_counter() - run.clock),
+    }
+
+
+def losses_of(data: Step, total: float, of_domains: Mapping[str, float]) -> dict[str, float]:
+    """Token means of a step, from its summed loss and that of each domain, where it is known."""
+    parts = {d: of_domains[d] / n for d, n in data.supervised_of.items() if d in of_domains}
+    return {"loss": total / data.supervised, **{f"loss/{domain}": mean for domain, mean in parts.items()}}
+
+
+def rates_of(data: Step, meter: Meter, seconds: float) -> dict[str, float]:
+    """How much data a step took, and how fast."""
+    return {
+        "passes": data.passes,
+        "tokens": data.tokens,
+        **meter.step(
+            seconds,
+            padded=data.padded,
+            tokens=data.tokens,
+            supervised=data.supervised,
+            length=data.attended,
+        ),
     }
 
 
@@ -257,7 +284,10 @@ def save(
     """Write a checkpoint; a failure costs only it, until too many have failed in a row."""
     store.protected = {run.monitor.best_step} if run.monitor.started else set()
     before = store.settle()  # first, so that no two copies of the state are in memory
-    run.unsaved = store.save(step, snapshot(run), {**manifest(run, data_state), "stopped": stopped})
+    content = manifest(
+        run.config, run.identity, run.strategy.format, run.data, data_state, run.monitor.state(), stopped
+    )
+    run.unsaved = store.save(step, snapshot(run), content)
     failure = run.unsaved or before
     run.failed_saves = run.failed_saves + 1 if failure else 0
     if run.failed_saves >= MAX_FAILED_SAVES:
@@ -432,41 +462,57 @@ def export_adapter(run: Run, weights: dict[str, torch.Tensor], folder: Path) -> 
     lora.export_adapter(run.model, folder, weights=named)
 
 
-def manifest(run: Run, data_state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of itself, beside step, number of ranks and checksums."""
+def manifest(  # noqa: PLR0917
+    config: RunConfig,
+    identity: str,
+    state: str,
+    data: Dataset,
+    data_state: dict[str, Any],
+    monitor: dict[str, Any],
+    stopped: str | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint says of itself, beside step, number of ranks and checksums.
+
+    ``state``: the format of the files in its folder of that name (:attr:`Strategy.format`).
+    """
     return {
-        "identity": run.identity,
-        "state": run.strategy.format,
+        "identity": identity,
+        "state": state,
         "data_state": data_state,
-        "data": run.data.manifest,
-        "monitor": run.monitor.state(),
-        "config": run.config.model_dump(mode="json"),
+        "data": data.manifest,
+        "monitor": monitor,
+        "config": config.model_dump(mode="json"),
         "rng": "torch.manual_seed(sha256(seed, step, rank)) before each step",
         "versions": {"qwen-ray": __version__, "torch": torch.__version__},
+        "stopped": stopped,
     }
 
 
 def restore(run: Run, folder: Path, found: dict[str, Any]) -> int:
     """Load a checkpoint with its manifest; returns the number of steps already done."""
-    agreed(run.strategy, lambda: _check_fits(run, folder, found))
+    agreed(
+        run.strategy,
+        lambda: check_fits(folder, found, run.identity, run.strategy.format, run.strategy.name),
+    )
     run.strategy.restore(folder / "state")
     run.data.stream.load_state(found["data_state"])
     run.monitor.load_state(found["monitor"])
     return int(found["step"])
 
 
-def _check_fits(run: Run, folder: Path, found: dict[str, Any]) -> None:
-    if found["identity"] != run.identity:
+def check_fits(folder: Path, found: dict[str, Any], identity: str, state: str, strategy: str) -> None:
+    """Raise :class:`UserError` where a checkpoint with the manifest ``found`` is of another run."""
+    if found["identity"] != identity:
         raise UserError(
             "the run in this folder was started with another configuration, other data or another base",
             where=str(folder),
             fix="repeat the command it was started with, or train into a new --out folder",
         )
     was = found["config"]["strategy"]
-    if found["state"] != run.strategy.format:
+    if found["state"] != state:
         raise UserError(
             f"this checkpoint's state is of format '{found['state']}', which the strategy "
-            f"'{run.strategy.name}' ({run.strategy.format}) cannot read",
+            f"'{strategy}' ({state}) cannot read",
             where=str(folder),
             fix=f"strategy.name={was['name']} and strategy.zero_stage={was['zero_stage']}, or a new --out",
         )

@@ -31,7 +31,7 @@ from qwen_ray.errors import UserError, did_you_mean
 from qwen_ray.fsio import read_json, sha256_json, write_json
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedModel
 
@@ -63,25 +63,10 @@ def add_adapter(
     there: call :func:`initialise_adapter` (or :func:`load_adapter`) once the base's weights are in place.
     ``dtype``: the adapter's, whatever the base's.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
     peft = get_peft_model(
-        model,
-        LoraConfig(
-            r=config.r,
-            lora_alpha=alpha,
-            lora_dropout=config.dropout,
-            target_modules=target_modules(model, config),
-            use_rslora=config.rslora,
-            use_dora=config.dora,
-            # True whatever config.init is: PEFT is told how to read the adapter, we fill it.
-            init_lora_weights=True,
-            bias="none",
-            task_type="CAUSAL_LM",
-        ),
-        low_cpu_mem_usage=True,
-        autocast_adapter_dtype=False,
+        model, peft_settings(model, config), low_cpu_mem_usage=True, autocast_adapter_dtype=False
     )
     for _, layer in _layers(peft):
         for part in _parts(layer).values():
@@ -89,6 +74,25 @@ def add_adapter(
     if initialise:
         initialise_adapter(peft, config, seed=seed)
     return peft
+
+
+def peft_settings(model: PreTrainedModel, config: MethodConfig) -> LoraConfig:
+    """What PEFT has to know of an adapter on ``model``, which has none yet."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=target_modules(model, config),
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        # True whatever config.init is: PEFT is told how to read the adapter, we fill it.
+        init_lora_weights=True,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path,
+    )
 
 
 def initialise_adapter(module: nn.Module, config: MethodConfig, *, seed: int, prefix: str = "") -> None:
@@ -122,18 +126,20 @@ def initialise_adapter(module: nn.Module, config: MethodConfig, *, seed: int, pr
             _take_out(layer, *(f.to(a.weight.dtype) for f in factors))
             values_a, values_b = _initial(layer) or factors
         else:
-            generator = torch.Generator().manual_seed(int(sha256_json([seed, name])[:15], 16))
-            values_a, values_b = _draw(config.init, r, layer.in_features, layer.out_features, generator)
+            values_a, values_b = draw(config, name, layer.in_features, layer.out_features, seed=seed)
         _fill(a, values_a, base.weight)
         _fill(b, values_b, base.weight)
         if config.dora:
             _fill(_parts(layer)["lora_magnitude_vector"], _magnitude(layer, values_a, values_b), base.weight)
 
 
-def _draw(
-    init: str, r: int, inputs: int, outputs: int, generator: torch.Generator
+def draw(
+    config: MethodConfig, name: str, inputs: int, outputs: int, *, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, inputs] and B [outputs, r] with B A = 0, float32 on the CPU."""
+    """What the layer ``name`` starts with where the base stays as it is: A [r, inputs] and B [outputs, r]
+    with B A = 0, float32 on the CPU."""
+    init, r = config.init, config.r
+    generator = torch.Generator().manual_seed(int(sha256_json([seed, name])[:15], 16))
 
     def normal(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
@@ -196,7 +202,7 @@ def initial_state(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, layer in _layers(model):
         initial = _initial(layer)
         if initial is not None:
-            state[f"{_ROOT}{name}.lora_A.weight"], state[f"{_ROOT}{name}.lora_B.weight"] = initial
+            state[tensor_name(name, "A")], state[tensor_name(name, "B")] = initial
     return state
 
 
@@ -209,7 +215,7 @@ def restore_initial(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None
     """
     for name, layer in _layers(model):
         try:
-            a, b = (state[f"{_ROOT}{name}.lora_{half}.weight"] for half in "AB")
+            a, b = (state[tensor_name(name, half)] for half in "AB")
         except KeyError:
             raise RuntimeError(f"the saved initial adapter has no {name}") from None
         done = _initial(layer)
@@ -241,6 +247,11 @@ def _initial(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor] | None:
 # ---------------------------------------------------------------- files
 
 
+def tensor_name(layer: str, half: str) -> str:
+    """The name that the matrix ``half`` ("A" or "B") of a layer has in a PEFT folder."""
+    return f"{_ROOT}{layer}.lora_{half}.weight"
+
+
 def export_adapter(
     model: PeftModel, folder: Path, *, weights: Mapping[str, torch.Tensor] | None = None
 ) -> None:
@@ -250,13 +261,10 @@ def export_adapter(
     shards; default the model's own. Exact: :func:`load_adapter` gets the same bits back.
     """
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     given = None if weights is None else dict(weights)
     state = get_peft_model_state_dict(model, state_dict=given, save_embedding_layers=False)
     settings = copy.copy(model.peft_config[_ADAPTER])
-    settings.inference_mode = True
-    settings.target_modules = sorted(settings.target_modules)  # a set, in another order each time
     initial = initial_state(model)
     if initial:
         for key, start in initial.items():
@@ -266,6 +274,17 @@ def export_adapter(
             )
         settings.lora_alpha *= math.sqrt(2) if settings.use_rslora else 2
         settings.r *= 2
+    write_adapter(state, settings, folder)
+
+
+def write_adapter(state: Mapping[str, torch.Tensor], settings: LoraConfig, folder: Path) -> None:
+    """Write a PEFT folder of tensors under the names they have in it."""
+    from safetensors.torch import save_file
+
+    settings = copy.copy(settings)
+    settings.inference_mode = True
+    # A set, in another order each time.
+    settings.target_modules = sorted(settings.target_modules)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in sorted(state.items())}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -18,10 +18,11 @@ EXAMPLES = "examples-{rank}.jsonl"
 class Tracker:
     """Writes each dict of metrics as a line and to wandb. Lives on rank 0 only.
 
-    ``run_id`` names the wandb run, so that a resumed run goes on in the same one.
+    ``run_id`` names the wandb run, so that a resumed run goes on in the same one. With ``group`` it is one of
+    a group of runs, of which a process may have several at a time.
     """
 
-    def __init__(self, out: Path, config: RunConfig, run_id: str) -> None:
+    def __init__(self, out: Path, config: RunConfig, run_id: str, *, group: str | None = None) -> None:
         path = out / METRICS
         torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
@@ -35,6 +36,8 @@ class Tracker:
             self._wandb = wandb.init(
                 project=config.tracking.project,
                 name=out.name,
+                group=group,
+                reinit="create_new" if group else None,
                 id=run_id,
                 resume="allow",
                 mode=mode,

@@ -53,7 +53,8 @@ def run_rank(
 
 
 def work(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray Train worker runs. ``settings``: the configuration, the run's folder and its id."""
+    """What each Ray Train worker runs. ``settings``: the configuration, the run's folder, its id, and its
+    group for wandb."""
     import ray.train
     import ray.train.torch
     import torch
@@ -70,7 +71,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     rank = ray.train.get_context().get_world_rank()
     if rank > 0:  # all see the same data; one need say what is wrong with it
         logging.getLogger("qwen_ray").setLevel(logging.ERROR)
-    tracker = Tracker(out, config, settings["run_id"]) if rank == 0 else None
+    tracker = Tracker(out, config, settings["run_id"], group=settings["group"]) if rank == 0 else None
     try:
         # The device is Ray's, for on a node with several GPUs every worker sees them all.
         return run_rank(
