@@ -85,7 +85,7 @@ def write_report(
     the reason for the replay mix. The same input gives the same bytes.
     """
     rows = category_rows(comparison, baseline, candidate)
-    page = _environment().get_template("report.html.j2")
+    page = environment().get_template("report.html.j2")
     word, sentence = VERDICTS[comparison["verdict"]]
     gate = comparison.get("gate", {})
     text = page.render(
@@ -98,8 +98,8 @@ def write_report(
         baseline=baseline,
         candidate=candidate,
         rows=rows,
-        plot=_markup(before_after(rows, "scores")) if rows else None,
-        runs=[(run.name, _markup(loss_curve(run, f"loss{i}"))) for i, run in enumerate(runs, start=1)],
+        plot=markup(before_after(rows, "scores")) if rows else None,
+        runs=[(run.name, markup(loss_curve(run, f"loss{i}"))) for i, run in enumerate(runs, start=1)],
         extra=extra,
         extra_rows=category_rows(extra.comparison, baseline, extra.candidate) if extra else [],
         controls=control_rows(comparison, baseline, candidate),
@@ -128,7 +128,7 @@ def templates(folder: Path) -> Environment:
     )
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     environment = templates(HERE)
     environment.filters.update(
         points=_points, signed=_signed, interval=_interval, signed_interval=_signed_interval
@@ -137,7 +137,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _markup(svg: str | None) -> Markup | None:
+def markup(svg: str | None) -> Markup | None:
     # The plots escape what they draw and their label (see plots.py), so they go in as they are.
     return None if svg is None else Markup(svg)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Matplotlib wants colours, the page has CSS variables: draw in stand-ins, then put the variables in.
-_STAND_IN = {
+STAND_IN = {
     "--ink": "#010101",
     "--muted": "#020202",
     "--rule": "#030303",
@@ -43,18 +43,18 @@ class RunCurve:
 
 def before_after(rows: Sequence[Row], ident: str) -> str:
     """Two whiskered points a category: before, hollow; after, filled in the colour of its meaning."""
-    figure, axes = _figure(0.62 + 0.46 * len(rows))
+    figure, axes = new_figure(0.62 + 0.46 * len(rows))
     for at, row in enumerate(rows):
         _whisker(axes, at - 0.15, row.baseline, row.baseline_ci, "--before", filled=False)
         _whisker(axes, at + 0.15, row.candidate, row.candidate_ci, f"--{row.tone}", filled=True)
-    axes.set_yticks(range(len(rows)), [_text(row.name) for row in rows])
-    axes.tick_params(axis="y", labelsize=9, labelcolor=_STAND_IN["--ink"])
+    axes.set_yticks(range(len(rows)), [plot_text(row.name) for row in rows])
+    axes.tick_params(axis="y", labelsize=9, labelcolor=STAND_IN["--ink"])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 100)
-    axes.grid(axis="x", color=_STAND_IN["--rule"], linewidth=0.6)
+    axes.grid(axis="x", color=STAND_IN["--rule"], linewidth=0.6)
     axes.set_xlabel("score in points, with interval")
     label = "; ".join(f"{row.name}: before {row.baseline:.1f}, after {row.candidate:.1f}" for row in rows)
-    return _svg(figure, ident, f"Scores before and after. {label}.")
+    return as_svg(figure, ident, f"Scores before and after. {label}.")
 
 
 def loss_curve(run: RunCurve, ident: str) -> str | None:
@@ -62,13 +62,13 @@ def loss_curve(run: RunCurve, ident: str) -> str | None:
     train, valid, rate = (_series(run, key) for key in ("loss", "eval_loss", "learning_rate"))
     if not train and not valid:
         return None
-    figure, axes = _figure(2.5)
+    figure, axes = new_figure(2.5)
     if rate:
         axes.remove()
         axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-        _plain(axes)
-        _plain(strip)
-        strip.plot(*zip(*rate, strict=True), color=_STAND_IN["--muted"], linewidth=1)
+        plain(axes)
+        plain(strip)
+        strip.plot(*zip(*rate, strict=True), color=STAND_IN["--muted"], linewidth=1)
         strip.set_ylabel("rate", labelpad=6)
         strip.set_yticks([0, max(value for _, value in rate)])
         strip.set_yticklabels(["0", f"{max(value for _, value in rate):.1e}"])
@@ -79,25 +79,25 @@ def loss_curve(run: RunCurve, ident: str) -> str | None:
         raw: dict[str, Any] = (
             {"alpha": 0.35, "linewidth": 0.8} if smooth else {"linewidth": 1.3, "label": "training"}
         )
-        axes.plot(*zip(*train, strict=True), color=_STAND_IN["--train"], **raw)
+        axes.plot(*zip(*train, strict=True), color=STAND_IN["--train"], **raw)
         if smooth:
-            mean = _running_mean(train, len(train) // 15)
+            mean = running_mean(train, len(train) // 15)
             axes.plot(
-                *zip(*mean, strict=True), color=_STAND_IN["--train"], linewidth=1.5, label="training (mean)"
+                *zip(*mean, strict=True), color=STAND_IN["--train"], linewidth=1.5, label="training (mean)"
             )
     if valid:
         marks: dict[str, Any] = {"marker": "o", "markersize": 3.2, "linewidth": 1.3, "label": "validation"}
-        axes.plot(*zip(*valid, strict=True), color=_STAND_IN["--valid"], **marks)
+        axes.plot(*zip(*valid, strict=True), color=STAND_IN["--valid"], **marks)
     axes.set_ylabel("loss")
-    axes.grid(axis="y", color=_STAND_IN["--rule"], linewidth=0.6)
-    axes.legend(frameon=False, fontsize=8, labelcolor=_STAND_IN["--ink"])
+    axes.grid(axis="y", color=STAND_IN["--rule"], linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8, labelcolor=STAND_IN["--ink"])
     figure.axes[-1].set_xlabel("step")
     said = [
         f"{what} {s[0][1]:.2f} to {s[-1][1]:.2f}"
         for what, s in (("training", train), ("validation", valid))
         if s
     ]
-    return _svg(figure, ident, f"Loss of run {run.name} over the steps: {', '.join(said)}.")
+    return as_svg(figure, ident, f"Loss of run {run.name} over the steps: {', '.join(said)}.")
 
 
 def _series(run: RunCurve, key: str) -> list[tuple[float, float]]:
@@ -109,7 +109,7 @@ def _series(run: RunCurve, key: str) -> list[tuple[float, float]]:
     ]
 
 
-def _running_mean(series: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+def running_mean(series: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:
     """Mean of the points around each point; fewer at both ends."""
     half = max(1, window // 2)
     out = []
@@ -122,13 +122,13 @@ def _running_mean(series: list[tuple[float, float]], window: int) -> list[tuple[
 def _whisker(
     axes: Axes, at: float, score: float, interval: tuple[float, float], colour: str, *, filled: bool
 ) -> None:
-    ink = _STAND_IN[colour]
+    ink = STAND_IN[colour]
     axes.plot(interval, [at, at], color=ink, linewidth=1.4, solid_capstyle="round")
-    fill = ink if filled else _STAND_IN["--paper"]
+    fill = ink if filled else STAND_IN["--paper"]
     axes.plot([score], [at], marker="o", markersize=5, color=ink, markerfacecolor=fill, markeredgewidth=1.3)
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def new_figure(height: float) -> tuple[Figure, Axes]:
     # Not pyplot: it keeps global state and picks a backend by the display.
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -136,28 +136,28 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
-    _plain(axes)
+    plain(axes)
     return figure, axes
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
     axes.patch.set_visible(False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_STAND_IN["--rule"])
-    axes.tick_params(length=0, labelsize=8, labelcolor=_STAND_IN["--muted"], pad=5)
-    axes.xaxis.label.set(color=_STAND_IN["--muted"], fontsize=8)
-    axes.yaxis.label.set(color=_STAND_IN["--muted"], fontsize=8)
+    axes.spines["bottom"].set_color(STAND_IN["--rule"])
+    axes.tick_params(length=0, labelsize=8, labelcolor=STAND_IN["--muted"], pad=5)
+    axes.xaxis.label.set(color=STAND_IN["--muted"], fontsize=8)
+    axes.yaxis.label.set(color=STAND_IN["--muted"], fontsize=8)
     axes.set_axisbelow(True)
 
 
-def _text(name: str) -> str:
+def plot_text(name: str) -> str:
     """A name that mathtext leaves alone, short enough to leave room for the plot."""
     short = name if len(name) <= 24 else f"{name[:23]}…"
     return short.replace("$", r"\$")
 
 
-def _svg(figure: Figure, ident: str, label: str) -> str:
+def as_svg(figure: Figure, ident: str, label: str) -> str:
     import matplotlib as mpl
 
     buffer = io.StringIO()
@@ -178,7 +178,7 @@ def _inline(svg: str, ident: str, label: str) -> str:
     svg = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'\bid="', f'id="{ident}-', svg)
     svg = re.sub(r'href="#|url\(#', lambda m: f"{m[0]}{ident}-", svg)
-    for name, stand_in in _STAND_IN.items():
+    for name, stand_in in STAND_IN.items():
         svg = svg.replace(stand_in, f"var({name})")
     view = re.search(r'viewBox="[^"]*"', svg)
     head = (
