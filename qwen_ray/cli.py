@@ -1,5 +1,5 @@
-"""The command line: which verbs there are and what they take. What they do is in verbs.py; data_verbs.py has
-both for `qwen-ray data`.
+"""The command line: which verbs there are and what they take. What they do is in verbs.py; data_verbs.py and
+sweep_verbs.py have both for `qwen-ray data` and `qwen-ray sweep`.
 
 Results go to stdout, everything else to stderr; with ``--json`` stdout holds one JSON document.
 Exit codes: 0 done, 1 failed while running, 2 bad input, 3 a gate said no, 130 interrupted.
@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from qwen_ray import __version__, data_verbs
+from qwen_ray import __version__, data_verbs, sweep_verbs
 from qwen_ray import verbs as run
 from qwen_ray.errors import (
     EXIT_BAD_INPUT,
@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     data_verbs.add(verbs)
     _add_plan(verbs)
     _add_train(verbs)
+    sweep_verbs.add(verbs)
     _add_merge(verbs)
     _add_eval(verbs)
     _add_compare(verbs)

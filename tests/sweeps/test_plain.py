@@ -1,0 +1,133 @@
+"""Plain trials on a real cluster: alone and with a Ray Train worker, stopped, failed and resumed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from qwen_ray import cluster
+from qwen_ray.data.records import write_records
+from qwen_ray.errors import UserError
+from qwen_ray.fsio import read_json, write_json, write_jsonl
+from qwen_ray.sweeps.driver import run_sweep
+from qwen_ray.sweeps.folder import prepared
+from qwen_ray.sweeps.ledger import REPORTS, Ledger
+from qwen_ray.sweeps.spec import SweepConfig
+from qwen_ray.training.tracking import read_metrics
+from tests.conftest import sums
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+DIVERGES = 1e30
+OURS = ("run_trial", "TrainController", "RayTrainWorker")
+"""How the titles of a trial's processes begin."""
+
+
+@pytest.fixture(scope="module")
+def two_cpus() -> Iterator[None]:
+    cluster.connect("local", num_cpus=2)
+    yield
+    cluster.disconnect()
+
+
+def spec(folder: Path, rates: list[float], *, run: dict[str, Any] | None = None) -> SweepConfig:
+    """Full fine-tuning at the reference's rate and at ``rates``, in this order, one after another."""
+    data = folder / "data.jsonl"
+    write_records(data, [*sums(120), *sums(60, seed=1, domain="more")])
+    return prepared(
+        SweepConfig.model_validate(
+            {
+                "name": "plain",
+                "out": str(folder / "out"),
+                "run": {
+                    "method": {"name": "full"},
+                    "data": {"train": [str(data)], "max_length": 96, "validation_fraction": 0.1},
+                    "optim": {"max_steps": 12, "warmup_steps": 1, "learning_rate": 1e-3},
+                    "checkpoint": {"every_steps": 3},
+                    "tracking": {"wandb": "off"},
+                    **(run or {}),
+                },
+                "space": {"optim.learning_rate": {"distribution": "choice", "values": rates}},
+                "objective": {"targets": ["sums"], "strengths": ["more"], "tolerance": 50.0},
+                "search": {"name": "grid", "trials": 1 + len(rates)},
+                "stopping": {"name": "asha", "eta": 2, "rungs": [0.25, 0.5]},
+                "trials": {"kind": "plain", "cpus": 1, "max_concurrent": 1},
+            }
+        )
+    )
+
+
+def free_again() -> bool:
+    """Whether within a minute nothing of the cluster is held: no CPU, no placement group, no process."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    def held() -> bool:
+        groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
+        titles = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+        at_work = [t for t in titles if t.startswith(tuple(f"ray::{name}" for name in OURS))]
+        return bool(groups or at_work) or ray.available_resources().get("CPU") != 2
+
+    deadline = time.monotonic() + 60
+    while held() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return not held()
+
+
+def test_trials_are_stopped_fail_alone_and_go_on(two_cpus: None, tmp_path: Path) -> None:
+    """Beside the reference's 1e-3, the trial at 1e-9 learns nothing, and one diverges.
+
+    Then what the reference did after its first report is taken from the ledger, as if the driver had been
+    killed: resumed, it reports what is recorded, and the rest from its own metrics.
+    """
+    sweep = spec(tmp_path, [1e-9, DIVERGES])
+    result = run_sweep(sweep, resume=False, note=lambda _: None).result
+    trials = {t["index"]: t for t in result["trials"]}
+    assert [trials[i]["state"] for i in range(3)] == ["done", "stopped", "failed"]
+    assert [[r["step"] for r in trials[i]["reports"]] for i in range(2)] == [[3, 6, 12], [3]]
+    assert "lower optim.learning_rate" in trials[2]["error"]
+    assert trials[2]["reports"][-1]["score"] == -1e9
+    out = Path(sweep.out)
+    losses = read_json(out / "base_losses.json")
+    last = trials[0]["reports"][-1]
+    assert last["gain"] == pytest.approx(losses["eval_loss/sums"] - last["eval_loss/sums"])
+    assert last["gain"] > 0
+    assert last["decision"] == "done"
+    assert last["tokens"] == sum(row["tokens"] for row in read_metrics(out / "trials" / "0000"))
+    assert (out / "trials" / "0000" / "model" / "model.safetensors").is_file()
+    assert result["winner"] == 0
+    assert result["registered"] is None  # a whole model is no adapter
+    assert free_again()
+
+    ledger = Ledger(out)
+    write_jsonl(ledger.folder(0) / REPORTS, ledger.reports(0)[:1])
+    ledger.set_state(0, "running")
+    write_json(out / "sweep.json", {**read_json(out / "sweep.json"), "state": "searching"})
+    lines = [(out / "trials" / f"000{i}" / "metrics.jsonl").read_bytes() for i in range(3)]
+    again = run_sweep(sweep, resume=True, note=lambda _: None).result
+    assert [(out / "trials" / f"000{i}" / "metrics.jsonl").read_bytes() for i in range(3)] == lines
+    timeless = [
+        [{k: v for k, v in r.items() if k != "seconds"} for t in made["trials"] for r in t["reports"]]
+        for made in (result, again)
+    ]
+    assert timeless[0] == timeless[1]
+    assert again["winner"] == result["winner"]
+
+
+def test_stopped_runs_with_workers_leave_nothing(two_cpus: None, tmp_path: Path) -> None:
+    sweep = spec(tmp_path, [1e-9], run={"cluster": {"workers": 1}})
+    result = run_sweep(sweep, resume=False, note=lambda _: None).result
+    assert [t["state"] for t in result["trials"]] == ["done", "stopped"]
+    assert len(result["trials"][1]["reports"]) == 1
+    assert free_again()
+
+
+def test_a_trial_that_does_not_fit_is_refused(two_cpus: None, tmp_path: Path) -> None:
+    sweep = spec(tmp_path, [1e-3], run={"cluster": {"workers": 3}})
+    with pytest.raises(UserError, match="a trial needs 3 CPU; the cluster has 2 CPU"):
+        run_sweep(sweep, resume=False, note=lambda _: None)
