@@ -1,0 +1,275 @@
+"""Eight LoRA trials in one pack, against the same eight one after another: time, memory, and equal losses.
+
+End to end: a sweep in Ray Tune by qwen-ray's engine, and the same trials as a Tune function one at a time,
+each by our own loop with the number of threads that is best for it. Same values, data, steps, evaluation and
+checkpoint at the end, no early stopping, no wandb. The time is that of the process from its command to its
+end, so it has the start of Python and of Ray in it. Measured are Tune's default, a process a trial, and
+``reuse_actors``, where one process takes trial after trial.
+
+The loop alone: ``Pack.step`` of eight trials against eight times a step of our loop, in turns in one
+process, each with its best number of threads; where overhead decides (short steps) and where arithmetic does.
+
+Memory: the highest resident set of a process that trains the pack, over that of one that trains a trial.
+
+Training losses must agree between the sides to 1e-4 nats in the first 20 steps, and to 0.02 after them, as
+rounding differs, or there is no result.
+
+    python benchmarks/packed_sweep.py --out FILE [--quick]
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import _common
+from _packed_sides import TRIALS, Task
+from train_throughput import SEED, write_model
+
+from qwen_ray.fsio import read_json
+from qwen_ray.training.tracking import read_metrics
+
+TOLERANCE, STEPS_ALIKE = 1e-4, 20
+"""Nats, and for how many steps losses must be that close. Later on rounding differs by the step: of two solo
+runs with another number of threads as well."""
+DRIFT = 0.02
+"""Nats that losses may differ by after that."""
+RECORDS_USED = 3000
+QUICK_RECORDS = 400
+THREADS = 2
+GOALS = {"end_to_end": 4.0, "loop": 2.0, "memory": 1.5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A size of step. ``bound``: what decides its time."""
+
+    model: str
+    length: int
+    rows: int
+    bound: str
+    steps: int
+    """Of each side in the loop alone."""
+    sweep_steps: int = 0
+    """Of each trial end to end; 0: not measured."""
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.rows} x {self.length} tokens a step"
+
+
+CASES = [
+    Case("tiny", 64, 1, "overhead", 240),
+    Case("tiny", 128, 1, "overhead", 240, 300),
+    Case("tiny", 512, 4, "arithmetic", 48, 60),
+    Case("30m", 64, 1, "overhead", 48),
+    Case("30m", 128, 1, "overhead", 48, 60),
+    Case("30m", 512, 2, "arithmetic", 24),
+]
+QUICK = [Case("tiny", 128, 1, "overhead", 24, 6)]
+
+
+def write_data(folder: Path, count: int) -> Path:
+    """So many of the embedded model's facts and replay records."""
+    from qwen_ray import demo
+    from qwen_ray.data.formats import load_examples
+    from qwen_ray.data.records import write_records
+
+    demo.write_data(folder / "embedded")
+    records = [r for file in sorted((folder / "embedded").glob("*.jsonl")) for r in load_examples(file)]
+    write_records(folder / "data.jsonl", random.Random(SEED).sample(records, count))
+    return folder / "data.jsonl"
+
+
+def trial_values(task: Task) -> list[dict[str, Any]]:
+    """What the sweep will propose."""
+    from qwen_ray.sweeps.ledger import Ledger
+    from qwen_ray.sweeps.proposals import Proposals
+
+    source = Proposals(task.sweep, Ledger(Path(task.folder)))
+    proposed = [source.propose(index) for index in range(TRIALS)]
+    return [proposal[0] for proposal in proposed if proposal is not None]
+
+
+def run(task: Task) -> float:
+    """Seconds of a part's process."""
+    Path(task.folder).mkdir(parents=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(task.threads), "WANDB_MODE": "disabled"}
+    command = [sys.executable, str(Path(__file__).with_name("_packed_sides.py")), task.dump()]
+    log = Path(task.folder) / "log"
+    began = time.perf_counter()
+    with open(log, "w") as f:
+        code = subprocess.run(command, env=environment, stdout=f, stderr=f, check=False).returncode
+    seconds = time.perf_counter() - began
+    if code:
+        raise SystemExit(f"{task.part} of {task.model} failed:\n{log.read_text()[-3000:]}")
+    return seconds
+
+
+def losses(task: Task) -> list[list[float]]:
+    """Training loss of each step of each trial of a sweep."""
+    folders = [Path(task.folder) / "sweep" / "trials" / f"{i:04d}" for i in range(TRIALS)]
+    return [[row["loss"] for row in read_metrics(folder)] for folder in folders]
+
+
+def agree(case: Case, first: list[list[float]], second: list[list[float]]) -> float:
+    """The largest difference of two sides' losses; ends the benchmark if it is too large."""
+    if [len(a) for a in first] != [len(b) for b in second] or not all(first):
+        raise SystemExit(f"{case}: {[len(a) for a in first]} steps and {[len(b) for b in second]}")
+    apart = [
+        max(abs(x[step] - y[step]) for x, y in zip(first, second, strict=True))
+        for step in range(len(first[0]))
+    ]
+    if not (max(apart[:STEPS_ALIKE]) <= TOLERANCE and max(apart) <= DRIFT):
+        raise SystemExit(f"{case}: the sides' losses differ: {apart}")
+    return max(apart[:STEPS_ALIKE])
+
+
+def loop_alone(case: Case, task: Task) -> dict[str, Any]:
+    """Turns of the pack and of one trial."""
+    run(task)
+    found = read_json(Path(task.folder) / "measured.json")
+    wall, cpu = (
+        {side: {n: statistics.median(turns) for n, turns in of.items()} for side, of in found[clock].items()}
+        for clock in ("seconds", "cpu_seconds")
+    )
+    best = {side: min(of_threads, key=of_threads.__getitem__) for side, of_threads in wall.items()}
+    pairs = zip(*(found["seconds"][side][best[side]] for side in ("solo", "pack")), strict=True)
+    ratios = [TRIALS * solo / pack for solo, pack in pairs]
+    return {
+        "ratio": TRIALS * wall["solo"][best["solo"]] / wall["pack"][best["pack"]],
+        "lowest_pair": min(ratios),
+        "highest_pair": max(ratios),
+        "ratio_in_cpu_time_of_one_thread": TRIALS * cpu["solo"]["1"] / cpu["pack"]["1"],
+        "seconds_a_step": wall,
+        "cpu_seconds_a_step": cpu,
+        "best_threads": {side: int(threads) for side, threads in best.items()},
+        "steps": found["steps"],
+        "tokens_a_step": found["tokens_a_step"],
+        "losses_apart": agree(case, [found["losses"]["solo"]], [found["losses"]["pack"]]),
+    }
+
+
+def peak(task: Task) -> dict[str, Any]:
+    """Peak memory of the pack's process and of a trial's."""
+    found = {}
+    for part in ("peak_pack", "peak_solo"):
+        here = replace(task, part=part, folder=f"{task.folder}-{part}", steps=6)
+        run(here)
+        found[part] = read_json(Path(here.folder) / "measured.json")
+    pack, solo = found["peak_pack"], found["peak_solo"]
+    above = [side["peak_bytes"] - side["imports_bytes"] for side in (pack, solo)]
+    return {
+        "ratio": pack["peak_bytes"] / solo["peak_bytes"],
+        "above_imports": above[0] / above[1],
+        "pack": pack,
+        "solo": solo,
+    }
+
+
+def end_to_end(case: Case, task: Task, best: dict[str, int], rounds: int) -> dict[str, Any]:
+    """The sweeps in turn, each other round in the opposite order; ratios of medians."""
+    threads = {"packed": best["pack"], "sequential": best["solo"], "sequential_reused": best["solo"]}
+    seconds: dict[str, list[float]] = {side: [] for side in threads}
+    apart = 0.0
+    for i in range(rounds):
+        found = {}
+        for side in list(threads)[:: 1 if i % 2 == 0 else -1]:
+            here = replace(
+                task,
+                part="packed" if side == "packed" else "sequential",
+                folder=f"{task.folder}-{side}-{i}",
+                steps=case.sweep_steps,
+                threads=threads[side],
+                reuse=side == "sequential_reused",
+            )
+            seconds[side].append(run(here))
+            found[side] = losses(here)
+            print(f"  {side}: {seconds[side][-1]:.1f} s", file=sys.stderr)
+        for side in list(threads)[1:]:
+            apart = max(apart, agree(case, found["packed"], found[side]))
+    packed, sequential, reused = (statistics.median(took) for took in seconds.values())
+    return {
+        "ratio": sequential / packed,
+        "over_reused": reused / packed,
+        "seconds": seconds,
+        "threads": threads,
+        "steps": case.sweep_steps,
+        "losses_apart": apart,
+    }
+
+
+def main() -> None:
+    args = _common.arguments("8 LoRA trials in one pack, against 8 one after another")
+    facts = _common.machine()
+    began = time.perf_counter()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = write_data(folder, QUICK_RECORDS if args.quick else RECORDS_USED)
+        threads = 1 if args.quick else THREADS
+        shape = None if args.quick else write_model(folder / "30m")
+        for i, case in enumerate(QUICK if args.quick else CASES):
+            model = "tiny" if case.model == "tiny" else str(folder / case.model)
+            place = str(folder / f"case{i}")
+            task = Task("loop", model, str(data), place, case.length, case.rows, case.steps, threads, [])
+            task = replace(task, values=trial_values(replace(task, folder=f"{place}-values")))
+            row: dict[str, Any] = {"bound": case.bound, "loop": loop_alone(case, task), "memory": peak(task)}
+            if case.sweep_steps:
+                rounds = 1 if args.quick else 2
+                row["end_to_end"] = end_to_end(case, task, row["loop"]["best_threads"], rounds)
+            row["values"] = task.values
+            found[str(case)] = row
+            ratios = {what: round(row[what]["ratio"], 2) for what in GOALS if what in row}
+            print(f"{case} ({case.bound}): {ratios}", file=sys.stderr)
+            _common.write(args.out, result(args.quick, found, shape, facts, began))  # so far
+
+
+def result(
+    quick: bool, found: dict[str, Any], shape: dict[str, Any] | None, facts: dict[str, Any], began: float
+) -> dict[str, Any]:
+    ratios = {
+        what: {case: row[what]["ratio"] for case, row in found.items() if what in row} for what in GOALS
+    }
+    short = [case for case, row in found.items() if row["bound"] == "overhead"]
+    swept = [case for case in short if case in ratios["end_to_end"]]
+    headline = swept[0] if swept else None
+    met = {
+        "end_to_end": bool(swept) and min(ratios["end_to_end"][c] for c in swept) >= GOALS["end_to_end"],
+        "loop": min(ratios["loop"][c] for c in short) >= GOALS["loop"],
+        "memory": max(ratios["memory"].values()) <= GOALS["memory"],
+    }
+    return {
+        "name": "packed_sweep",
+        "quick": quick,
+        "headline": {
+            "ratio": ratios["end_to_end"][headline] if headline else 0.0,
+            "over_reused": found[headline]["end_to_end"]["over_reused"] if headline else 0.0,
+            "what": f"{TRIALS} trials in turn in Ray Tune over a pack, wall time with start-up ({headline})",
+        },
+        "goals": GOALS,
+        "met": met,
+        "ratios": ratios,
+        "cases": found,
+        "workload": {
+            "trials": TRIALS,
+            "records": QUICK_RECORDS if quick else RECORDS_USED,
+            "models": {"tiny": "the embedded model", "30m": shape},
+            "precision": "float32",
+        },
+        "seconds": time.perf_counter() - began,
+        "machine": facts,
+        "versions": _common.versions("qwen-ray", "torch", "ray", "transformers", "peft"),
+        "commit": _common.commit(),
+    }
+
+
+if __name__ == "__main__":
+    main()
