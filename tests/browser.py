@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,3 +44,20 @@ def _missing(what: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"{what}, and CI is set")
     pytest.skip(what)
+
+
+def open_alone(browser: Any, file: Path, *, width: int, scheme: str, picture: Path) -> Any:
+    """The page of ``file``, which says nothing on the console, asks for nothing and is no wider than
+    ``width``. A picture of it goes to ``picture``."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    page.screenshot(path=picture, full_page=True)
+    assert said == []
+    assert asked == [file.as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    return page

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from report_example import BASE, GOOD, comparison, example, result
 
-from tests.browser import chromium
+from tests.browser import chromium, open_alone
 
 LONG = "mmlu high_school_european_history_and_more"
 
@@ -27,16 +27,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("width", "scheme"), [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
 )
 def test_report_shows_whole_and_alone(browser, report, tmp_path, width, scheme):
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(report.as_uri())
-    page.screenshot(path=tmp_path / f"report-{width}-{scheme}.png", full_page=True)
-    assert said == []
-    assert asked == [report.as_uri()]
+    page = open_alone(
+        browser, report, width=width, scheme=scheme, picture=tmp_path / f"report-{width}-{scheme}.png"
+    )
 
     assert page.get_by_role("heading", name="Verdict Promote").is_visible()
     row = page.locator("#scores-section tbody tr").first
@@ -52,7 +45,6 @@ def test_report_shows_whole_and_alone(browser, report, tmp_path, width, scheme):
         box = plots.nth(i).bounding_box()
         assert box["width"] > 300
         assert box["height"] > 80
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
 
 

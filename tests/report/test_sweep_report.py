@@ -15,7 +15,7 @@ from qwen_ray.report.sweep import write_sweep_report
 from qwen_ray.report.sweep_curves import panels
 from qwen_ray.report.sweep_plots import Scale, apart
 from qwen_ray.report.sweep_rows import TrialRow, Verdict, mix_text, shown, signed, trial_rows, verdict
-from tests.browser import chromium
+from tests.browser import chromium, open_alone
 
 TWO = ("biology", "replay")
 
@@ -193,17 +193,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_page_shows_whole_and_alone(browser, report, tmp_path, width, scheme):
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(report.as_uri())
-    page.screenshot(path=tmp_path / "sweep.png", full_page=True)
-    assert said == []
-    assert asked == [report.as_uri()]
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page = open_alone(browser, report, width=width, scheme=scheme, picture=tmp_path / "sweep.png")
     assert page.get_by_role("heading", name="Winner Trial 6").is_visible()
     for title in (
         "Benchmark",
