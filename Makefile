@@ -21,8 +21,10 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/qwen-ray demo --out runs/demo
 
+# Two files at a time, and then what starts clusters or takes long by itself: those want both cores.
 test: install browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not cluster and not slow"
+	$(BIN)/python -m pytest -m "cluster or slow"
 
 # The report is looked at in a real browser. Where there is none and we may install one, do.
 browser:

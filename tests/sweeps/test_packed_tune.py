@@ -70,13 +70,12 @@ TRIAL, ENGINE = ("ray::PackedTrial", "ray::ResourceTrainable"), ("ray::Engine",)
 """How the titles of their processes begin."""
 
 
-def kill(process: subprocess.Popen[bytes], titles: tuple[str, ...]) -> None:
-    """kill -9 of the first child with such a title."""
-    for child in psutil.Process(process.pid).children(recursive=True):
+def child(process: subprocess.Popen[bytes], titles: tuple[str, ...]) -> psutil.Process:
+    """The first child with such a title."""
+    for found in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if child.cmdline()[0].startswith(titles):
-                child.kill()
-                return
+            if found.cmdline()[0].startswith(titles):
+                return found
     raise AssertionError(f"no process is called {titles[0]}")
 
 
@@ -90,13 +89,16 @@ def test_killed_anywhere_it_ends_as_if_nobody_had_touched_it(
     moments = sorted(rng.sample(range(2, ALL_STEPS - 12), 4))
     with driver(tmp_path) as process:
         wait_for(tmp_path, process, moments[0])
-        kill(process, TRIAL)
+        child(process, TRIAL).kill()
         saved.append(wait_for(tmp_path, process, moments[1]))
-        kill(process, ENGINE)
+        child(process, ENGINE).kill()
         saved.append(wait_for(tmp_path, process, moments[2]))
+        engine = child(process, ENGINE)
         os.kill(process.pid, signal.SIGKILL)
+        engine.wait(60)  # it trains on until Ray has noticed
     with driver(tmp_path) as process:
-        saved.append(wait_for(tmp_path, process, moments[3]))
+        # New steps, so that it is at work, however far the last one came before it was dead.
+        saved.append(wait_for(tmp_path, process, max(moments[3], steps_trained(tmp_path) + 1)))
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == EXIT_INTERRUPTED
     with driver(tmp_path) as process:
