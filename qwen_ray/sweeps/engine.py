@@ -220,11 +220,12 @@ class EngineCore:
             self._changed.notify_all()
 
     def _set_up(self) -> None:
+        import torch
+
         from qwen_ray.training.packed import Pack
 
-        config = specs.trial_config(self.spec, {}, out=self.out)
-        config.cluster.cpus_per_worker = self.spec.trials.cpus
-        self._pack = Pack(config)
+        torch.set_num_threads(max(1, int(self.spec.trials.cpus)))  # of this thread
+        self._pack = Pack(specs.trial_config(self.spec, {}, out=self.out))
 
     def _turn(self) -> list[Member] | None:
         """The trials that train next, when all that are waited for are there; None at the end."""

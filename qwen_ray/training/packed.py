@@ -45,16 +45,14 @@ class Pack:
     """K LoRA trials on one frozen base, trained by one forward and backward pass a step."""
 
     def __init__(self, config: RunConfig, *, device: torch.device | None = None) -> None:
-        """Load the base of ``config``, with its precision, ``compute`` settings and number of threads, which
-        are the pack's whatever a trial's configuration says of them. ``device``: a GPU if there is one.
+        """Load the base of ``config``, with its precision and ``compute`` settings, which are the pack's
+        whatever a trial's configuration says of them. ``device``: a GPU if there is one.
 
         Raises :class:`UserError` for a configuration that cannot be packed.
         """
         check(config)
         self.config = config
         self.base = FrozenBase(config, device)
-        if self.base.device.type == "cpu":
-            torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self.datasets = Datasets(self.base.tokenizer, context=self.base.context)
         self.bank: Bank
         self.slots: dict[str, Slot] = {}

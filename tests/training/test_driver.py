@@ -255,7 +255,7 @@ def test_two_processes_do_not_share_a_run(tmp_path: Path, data_file: Path) -> No
         process = start(command(data_file, out, workers=0))
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "another process is training" in stderr
+    assert "another process is writing" in stderr
 
 
 def test_a_run_that_fails_does_not_exit_0(tmp_path: Path, data_file: Path) -> None:
