@@ -90,8 +90,8 @@ class StoppingConfig(Section):
     eta: Annotated[float, Field(gt=1)] = 3
     """halving, asha: one of so many goes on."""
     rungs: list[float] | None = None
-    """Where trials are compared, as shares of a trial's own length. Default: 1/eta^2 and 1/eta; for none
-    only the end."""
+    """Where trials are evaluated, and stopped if they are, as shares of a trial's own length. Default: 1/eta^2
+    and 1/eta; for none only the end."""
 
     @field_validator("rungs")
     @classmethod

@@ -95,7 +95,8 @@ def test_killed_anywhere_it_ends_as_if_nobody_had_touched_it(
         saved.append(wait_for(tmp_path, process, moments[2]))
         engine = child(process, ENGINE)
         os.kill(process.pid, signal.SIGKILL)
-        engine.wait(60)  # it trains on until Ray has noticed
+        engine.kill()  # else it trains on until Ray has noticed, perhaps to the end
+        engine.wait(60)
     with driver(tmp_path) as process:
         # New steps, so that it is at work, however far the last one came before it was dead.
         saved.append(wait_for(tmp_path, process, max(moments[3], steps_trained(tmp_path) + 1)))
