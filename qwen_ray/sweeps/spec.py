@@ -90,7 +90,7 @@ class StoppingConfig(Section):
     eta: Annotated[float, Field(gt=1)] = 3
     """halving, asha: one of so many goes on."""
     rungs: list[float] | None = None
-    """Where trials are evaluated, and stopped if they are, as shares of a trial's own length. Default: 1/eta^2
+    """Where trials are evaluated, and perhaps stopped, as shares of a trial's own length. Default: 1/eta^2
     and 1/eta; for none only the end."""
 
     @field_validator("rungs")
