@@ -58,7 +58,29 @@ def tune_plain(spec: SweepConfig, out: Path, *, searcher: Any, base: dict[str, f
             failure_config=tune.FailureConfig(max_failures=spec.trials.max_failures),
         ),
     )
-    return fit(tuner)
+    try:
+        return fit(tuner)
+    finally:
+        _remove_leftovers()
+
+
+def _remove_leftovers() -> None:
+    """Give back what runs with workers held when they were stopped.
+
+    Ray Train leaves that to a process which looks for the cluster by itself, and gives up where there are
+    several on the machine (Ray 2.60). All trials have ended by now, and a placement group's id ends with that
+    of the job, so whatever there is of this job is left over.
+    """
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    if not ray.is_initialized():  # after Ctrl-C
+        return
+    job = ray.get_runtime_context().get_job_id()
+    for found in placement_group_table().values():
+        if found["state"] != "REMOVED" and found["placement_group_id"].endswith(job):
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(found["placement_group_id"])))
 
 
 def _room(spec: SweepConfig, run: RunConfig) -> tuple[dict[str, float], int]:

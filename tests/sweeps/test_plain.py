@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +70,10 @@ def still_held() -> list[str]:
 
     def held() -> list[str]:
         groups = [str(g) for g in placement_group_table().values() if g["state"] != "REMOVED"]
-        titles = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+        titles = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one, too
+                titles.append(" ".join(process.cmdline()))
         at_work = [t for t in titles if t.startswith(tuple(f"ray::{name}" for name in OURS))]
         free = ray.available_resources().get("CPU", 0)
         return [*groups, *at_work, *([] if free == 2 else [f"{2 - free} CPU"])]
