@@ -199,6 +199,11 @@ class CheckpointStore:
             shutil.rmtree(self._staging, ignore_errors=True)  # it may be what fills the disk
         return told[0] if told else None
 
+    def close(self) -> None:
+        """Let a write end whose fate :meth:`settle` will not tell. Without other ranks, which may be lost."""
+        if self._pending is not None and self._ranks.world_size == 1:
+            self._pending.join()
+
 
 def complete(root: Path) -> list[Path]:
     """The complete checkpoints in ``root``, oldest first."""

@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,9 +60,9 @@ class Feed:
             for i in range(0, len(own), self.batch_size)
         ]
 
-    def steps(self, stream: RowStream, *, rows: int, count: int) -> Iterator[Step]:
+    def steps(self, stream: RowStream, *, rows: int, count: int) -> Generator[Step, None, None]:
         """``count`` steps of ``rows`` rows each, one ahead of what is asked for. The last may be smaller,
-        where the stream ends."""
+        where the stream ends. Close it where not all are taken."""
         ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=1)
         stopped = threading.Event()
 
@@ -81,7 +81,8 @@ class Feed:
             except BaseException as e:
                 put(e)
 
-        threading.Thread(target=draw, name="feed", daemon=True).start()
+        thread = threading.Thread(target=draw, name="feed", daemon=True)
+        thread.start()
         try:
             for _ in range(count):
                 item = ready.get()
@@ -90,6 +91,7 @@ class Feed:
                 yield item
         finally:
             stopped.set()
+            thread.join()  # a thread in a tensor operation while the interpreter ends aborts the process
 
     def _step(self, stream: RowStream, rows: int) -> Step:
         drawn: list[Row] = []

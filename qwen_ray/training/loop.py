@@ -155,6 +155,7 @@ def train(
     notice = Notice(preempted)
     steps = run.feed.steps(stream, rows=run.rows_a_step, count=0 if stopped else total - first)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(steps))
         trace = stack.enter_context(_trace(config, strategy.rank)) if config.tracking.examples else None
         step, run.clock = first, time.perf_counter()
         for step, data in enumerate(steps, start=first + 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ class Slot:
     def __post_init__(self) -> None:
         self.data_state: dict[str, Any] = self.data.stream.state()
         """Of the stream, after the rows of the last step."""
-        self._steps: Iterator[Step] | None = None
+        self._steps: Generator[Step, None, None] | None = None
         self.bank: Bank | None = None
         self.lane = -1
         self.parameters: list[nn.Parameter] = []
@@ -75,7 +75,7 @@ class Slot:
     def close(self) -> None:
         """Stop reading ahead."""
         if self._steps is not None:
-            self._steps.close()  # type: ignore[attr-defined]
+            self._steps.close()
 
     # ---------------------------------------------------------------- weights and optimizer
 

@@ -5,6 +5,7 @@ Light to import: Ray's controller imports it too, and has no use for torch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Callable
@@ -41,14 +42,15 @@ def run_rank(
         asynchronous=config.checkpoint.asynchronous and strategy.asynchronous,
     )
     shutil.rmtree(out / ARTIFACT, ignore_errors=True)
-    result = train(
-        config,
-        strategy=strategy,
-        store=store,
-        on_metrics=on_metrics,
-        artifact=out / ARTIFACT,
-        preempted=preempted,
-    )
+    with contextlib.closing(store):
+        result = train(
+            config,
+            strategy=strategy,
+            store=store,
+            on_metrics=on_metrics,
+            artifact=out / ARTIFACT,
+            preempted=preempted,
+        )
     return asdict(result)
 
 

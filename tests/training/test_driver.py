@@ -230,8 +230,8 @@ def test_a_failure_in_this_process_is_one_line_and_a_note(tmp_path: Path, data_f
     (out / "checkpoints").write_text("in the way")
     process = start(command(data_file, out, workers=0))
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert stderr.splitlines()[-1].startswith("failed: training failed: ")
+    assert process.returncode == 1, stderr[-3000:]
+    assert stderr.splitlines()[-1].startswith("failed: training failed: "), stderr[-3000:]
     assert "Traceback" in read_json(out / "errors" / "rank-00000.json")["traceback"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,13 @@ def test_two_ranks_that_are_killed_train_on_what_one_trains_on(data: Path, tmp_p
     launch(2, train_until, given, tmp_path, 0)
     planned, _ = fed(settings, 1, state=None, done=0, count=total)
     assert list(read_examples(tmp_path).items()) == list(enumerate(planned, start=1))
+
+
+def test_a_feed_that_is_closed_leaves_no_thread(data: Path, tmp_path: Path) -> None:
+    """One in a tensor operation while the interpreter ends would abort the process."""
+    stream, total = made(config(data, tmp_path, *MIXES["weights"]))
+    steps = Feed(0, 1, 2, 0).steps(stream, rows=ROWS, count=total)
+    next(steps)
+    assert "feed" in {thread.name for thread in threading.enumerate()}
+    steps.close()
+    assert "feed" not in {thread.name for thread in threading.enumerate()}
