@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_ray.errors import UserError
@@ -96,6 +97,22 @@ def _has_token() -> bool:
     if os.environ.get("RAY_AUTH_TOKEN"):
         return True
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").is_file()
+
+
+def check_room(each: Mapping[str, float], count: int, what: str, *, where: str) -> None:
+    """Raise :class:`UserError` where the cluster cannot hold ``count`` of ``what`` with resources ``each``:
+    Ray would wait for them for ever."""
+    import ray
+
+    have = ray.cluster_resources()
+    for name, amount in each.items():
+        if have.get(name, 0) < amount * count:
+            raise UserError(
+                f"{count} {what} with {amount:g} {name} each need {amount * count:g}; the cluster has "
+                f"{have.get(name, 0):g}",
+                where=where,
+                fix=f"ask for fewer {what} or less for each, or add nodes",
+            )
 
 
 def disconnect() -> None:

@@ -58,21 +58,12 @@ def write_model(shape: Shape, folder: Path, device: torch.device, dtype: torch.d
 
     from qwen_ray import models
 
-    config = Qwen2Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied,
-    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
             torch.manual_seed(0)
-            Qwen2ForCausalLM(config).save_pretrained(folder)
+            Qwen2ForCausalLM(Qwen2Config(**shape.qwen2)).save_pretrained(folder)
     finally:
         torch.set_default_dtype(before)
     models.load_tokenizer(models.resolve("tiny")).save_pretrained(folder)

@@ -156,17 +156,7 @@ def build(setting: Setting, shape: Shape, device: torch.device) -> tuple[nn.Modu
     try:
         with device:
             torch.manual_seed(0)
-            model: Any = Qwen2ForCausalLM(
-                Qwen2Config(
-                    vocab_size=shape.vocabulary,
-                    hidden_size=shape.hidden,
-                    intermediate_size=shape.intermediate,
-                    num_hidden_layers=shape.layers,
-                    num_attention_heads=shape.heads,
-                    num_key_value_heads=shape.kv_heads,
-                    tie_word_embeddings=shape.tied,
-                )
-            )
+            model: Any = Qwen2ForCausalLM(Qwen2Config(**shape.qwen2))
     finally:
         torch.set_default_dtype(before)
     if not full:

@@ -20,8 +20,9 @@ from qwen_ray.planner.memory import (
 )
 from qwen_ray.planner.shapes import Shape
 
-LOGITS_CHUNK = 512 * 2**20
-"""Float32 logits that exist at once in our loss on a GPU."""
+LOGITS_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+"""Float32 logits that exist at once in our loss. A GPU needs tall matrices to be busy, a CPU's caches short
+ones."""
 _BUCKET = 5e8
 """DeepSpeed's default reduce_bucket_size and allgather_bucket_size, in elements."""
 _LIVE = 1e9
@@ -65,7 +66,7 @@ def ours(config: RunConfig, shape: Shape, workers: int) -> Program:
         "offload": compute.activation_offload,
         # The product, then its float32 softmax and 16-bit gradient. A head that is gathered for each forward
         # (stage 3) goes through autograd: log-softmax, its gradient and the logits', and a 16-bit copy.
-        "logits_fixed": LOGITS_CHUNK * (3.5 if stage == 3 else 1 + narrow / 4),
+        "logits_fixed": LOGITS_BYTES["cuda"] * (3.5 if stage == 3 else 1 + narrow / 4),
         "head": _head(config, shape, master, narrow),
         "context": CONTEXT,
         "communicator": COMMUNICATOR if workers > 1 else 0.0,

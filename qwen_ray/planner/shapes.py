@@ -35,6 +35,19 @@ class Shape:
     """The longest sequence the model was made for, in tokens."""
 
     @property
+    def qwen2(self) -> dict[str, Any]:
+        """The settings that a Qwen2 model of these sizes has in its config.json."""
+        return {
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": self.tied,
+        }
+
+    @property
     def q(self) -> int:
         """Width of the queries of all heads."""
         return self.heads * self.head_dim

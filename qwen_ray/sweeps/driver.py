@@ -182,12 +182,16 @@ def _cpus(spec: SweepConfig) -> int:
 
 
 def _gpus(spec: SweepConfig) -> float:
-    """Of an engine, and of what is computed once: as asked for, else 1 where there are any."""
+    """Of an engine, and of what is computed once: as asked for, else 1 where there is one for each engine."""
     import ray
 
     if spec.trials.gpus is not None:
         return spec.trials.gpus
-    return float(ray.cluster_resources().get("GPU", 0) >= 1)
+    have = ray.cluster_resources().get("GPU", 0)
+    engines = spec.trials.engines if spec.trials.kind == "packed" else 1
+    if 0 < have < engines:
+        log.warning("%g GPUs for %d engines: training on CPUs; ask for fewer trials.engines", have, engines)
+    return float(have >= engines)
 
 
 def _check_ended(out: Path) -> None:

@@ -42,10 +42,6 @@ def prepared(spec: SweepConfig) -> SweepConfig:
             where="stopping.name",
             fix=f"stopping.name={' or '.join(_STOPPING[kind])}",
         )
-    if spec.mix_search is not None:
-        from qwen_ray.sweeps import mixsearch
-
-        mixsearch.check(spec)
     base = absolute(trial_config(spec, {}, out=spec.out))
     if not spec.embedded_data:
         put(spec.run, "data.train", base.data.train, where="run")

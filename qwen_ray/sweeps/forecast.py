@@ -22,8 +22,6 @@ from qwen_ray.sweeps.summary import values
 LAUNCH = 1.25e-3
 """Seconds a layer and pass that starting its kernels takes, forward and backward, however few the tokens: 45
 ms for the 36 layers of a 3B model. An estimate; it decides up to where more trials in a pack cost nothing."""
-_CPU_LOGITS = 128 * 2**20
-"""Float32 logits that exist at once in our loss on a CPU."""
 _SHOWN = 8
 _NOTHING = "nothing"
 """A folder that no sweep has: as yet nothing is recorded."""
@@ -198,12 +196,13 @@ def _memory(config: RunConfig, shape: Shape, trials: int, *, gpu: bool) -> memor
     """Peak of a pack: the base once, of each trial an adapter with its state, and all trials' tokens."""
     program = programs.ours(config, shape, 1)
     tokens = trials * config.optim.batch_size * config.data.max_length
-    chunk = programs.LOGITS_CHUNK if gpu else _CPU_LOGITS
+    budget = programs.LOGITS_BYTES
+    chunk = min(budget["cuda" if gpu else "cpu"], 4 * shape.vocabulary * tokens)
     program = replace(
         program,
         trained=trials * shape.adapter(config.method),
         gradients_stay=True,
-        logits_fixed=program.logits_fixed / programs.LOGITS_CHUNK * min(chunk, 4 * shape.vocabulary * tokens),
+        logits_fixed=program.logits_fixed / budget["cuda"] * chunk,
         context=program.context if gpu else 0.0,
     )
     return memory.predict(shape, program, tokens)

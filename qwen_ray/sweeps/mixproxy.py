@@ -9,7 +9,6 @@ A, the steps and the learning rate of the runs that they stand for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,14 +99,8 @@ def bounded(rows: Mapping[str, Sequence[Row]], tokens: int) -> dict[str, list[Ro
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Spearman's coefficient; ties have their mean rank. None where either has no order to speak of."""
+    from scipy.stats import spearmanr
+
     if len(a) < 2 or len(set(a)) == 1 or len(set(b)) == 1:
         return None
-    ra, rb = _ranks(a), _ranks(b)
-    mean = (len(a) - 1) / 2
-    over = math.fsum((x - mean) * (y - mean) for x, y in zip(ra, rb, strict=True))
-    return over / math.sqrt(math.fsum((x - mean) ** 2 for x in ra) * math.fsum((y - mean) ** 2 for y in rb))
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 0."""
-    return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
+    return float(spearmanr(a, b).statistic)

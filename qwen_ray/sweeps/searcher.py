@@ -6,10 +6,8 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from qwen_ray.sweeps.proposals import Proposals, Source
+from qwen_ray.sweeps.proposals import Source
 from qwen_ray.sweeps.space import to_tune
-
-__all__ = ["Proposals", "TuneSearcher"]
 
 
 class TuneSearcher(Searcher):

@@ -113,7 +113,7 @@ class TrialsConfig(Section):
     cpus: Annotated[float, Field(gt=0)] = 2
     """packed: CPUs of an engine."""
     gpus: Annotated[float, Field(ge=0)] | None = None
-    """packed: GPUs of an engine. Default: 1 if the cluster has any, else 0."""
+    """packed: GPUs of an engine. Default: 1 if the cluster has one for each, else 0."""
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     """plain: trials at a time. Default: as many as the cluster has room for."""
     max_failures: Annotated[int, Field(ge=0)] = 3

@@ -20,7 +20,6 @@ from ray import tune
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from qwen_ray import cluster
-from qwen_ray.errors import UserError
 from qwen_ray.fsio import read_json, write_json
 from qwen_ray.sweeps.journal import GOES_ON, forget_starts
 
@@ -89,8 +88,10 @@ def tune_packed(
     from qwen_ray.sweeps.engine_actor import engine_actor
     from qwen_ray.training import errors
 
-    _check_room(spec)
     trials = spec.trials
+    if cluster.started_here():  # another may have an autoscaler, and grow
+        needs = {"CPU": trials.cpus, "GPU": trials.gpus or 0.0}
+        cluster.check_room(needs, trials.engines, "engines", where="trials.engines")
     errors.clear(out)
     forget_starts(out)
     # A snapshot each time a trial drops its older checkpoint is what is wanted.
@@ -129,19 +130,6 @@ def tune_packed(
         if result.error is not None:
             ledger.set_state(int(result.config["trial"]), "failed", str(result.error))
     return grid
-
-
-def _check_room(spec: SweepConfig) -> None:
-    """Ray would wait for ever for what a cluster of this machine does not have."""
-    trials, have = spec.trials, ray.cluster_resources()
-    for name, key, each in (("CPU", "cpus", trials.cpus), ("GPU", "gpus", trials.gpus or 0)):
-        if cluster.started_here() and have.get(name, 0) < each * trials.engines:
-            raise UserError(
-                f"{trials.engines} engines with {each:g} {name} each need {each * trials.engines:g}; the "
-                f"cluster has {have.get(name, 0):g}",
-                where=f"trials.{key}",
-                fix="ask for fewer engines or less for each, or join a larger cluster",
-            )
 
 
 def _name(trial: Any) -> str:

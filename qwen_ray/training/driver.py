@@ -246,7 +246,7 @@ def _run_on_ray(
     gpus = _gpus_a_worker(config, fewest)
     resources = {"CPU": config.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     if cluster.started_here():  # another may have an autoscaler, and grow
-        _check_room(resources, fewest)
+        cluster.check_room(resources, fewest, "workers", where="cluster.workers")
     config = _resolve_strategy(config, gpus)
     scaling: dict[str, Any] = {"num_workers": workers}
     if fewest < workers:
@@ -362,21 +362,6 @@ def _gpu_memory(gpus: float, seconds: float) -> int:
         raise RuntimeError(
             f"no GPU became free within {seconds:g} s (cluster.start_seconds); see `ray status`"
         ) from None
-
-
-def _check_room(resources: dict[str, float], workers: int) -> None:
-    """Ray would wait for ever for resources the cluster does not have."""
-    import ray
-
-    have = ray.cluster_resources()
-    for name, each in resources.items():
-        if have.get(name, 0) < each * workers:
-            raise UserError(
-                f"{workers} workers with {each:g} {name} each need {each * workers:g}; the cluster has "
-                f"{have.get(name, 0):g}",
-                where="cluster.workers",
-                fix="ask for fewer workers or less for each, or add nodes",
-            )
 
 
 def _publish(result: dict[str, Any], out: Path, config: RunConfig) -> str:

@@ -19,13 +19,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from qwen_ray.errors import UserError
-from qwen_ray.planner.programs import LOGITS_CHUNK
+from qwen_ray.planner.programs import LOGITS_BYTES
 from qwen_ray.training.attention import Documents, Kind, Packed
 
 LossKind = Literal["chunked", "liger"]
-
-LOGITS_BYTES = {"cpu": 128 * 2**20, "cuda": LOGITS_CHUNK}
-"""Float32 logits that exist at once. A GPU needs tall matrices to be busy, a CPU's caches short ones."""
 
 
 class PackedBatch(Packed, Protocol):

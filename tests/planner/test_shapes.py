@@ -27,16 +27,7 @@ def _count(model: torch.nn.Module) -> int:
 @pytest.mark.parametrize("size", list(QWEN25))
 def test_qwen25_counts_are_those_of_transformers(size: str) -> None:
     s = QWEN25[size]
-    config, model = _model(
-        "qwen2",
-        hidden_size=s.hidden,
-        intermediate_size=s.intermediate,
-        num_hidden_layers=s.layers,
-        num_attention_heads=s.heads,
-        num_key_value_heads=s.kv_heads,
-        vocab_size=s.vocabulary,
-        tie_word_embeddings=s.tied,
-    )
+    config, model = _model("qwen2", **s.qwen2)
     assert s.parameters == _count(model)
     assert from_config(config).parameters == s.parameters
     layer = model.model.layers[0]  # type: ignore[union-attr,index]
