@@ -15,12 +15,22 @@ EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_GATE_SAID_NO, EXIT_INTERRUPTED = 0, 1
 class UserError(Exception):
     """Bad input. ``what`` is wrong, ``where`` (file:line, key, URL), ``fix`` says how to mend it.
 
-    ``status`` is the HTTP status the server answers with when the input came in a request.
+    ``status`` is the HTTP status the server answers with when the input came in a request, and
+    ``retry_after`` the seconds after which the same request may be answered.
     """
 
-    def __init__(self, what: str, *, where: str = "", fix: str = "", status: int = 400) -> None:
-        super().__init__(what, where, fix, status)
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str = "",
+        fix: str = "",
+        status: int = 400,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(what, where, fix, status, retry_after)
         self.what, self.where, self.fix, self.status = what, where, fix, status
+        self.retry_after = retry_after
 
     def __str__(self) -> str:
         text = self.what
@@ -32,11 +42,14 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions with keyword arguments do not pickle by default; Ray sends them across nodes.
-        return _rebuild, (type(self), self.what, self.where, self.fix, self.status)
+        return _rebuild, (type(self), self.args)
 
 
-def _rebuild(cls: type[UserError], what: str, where: str, fix: str, status: int) -> UserError:
-    return cls(what, where=where, fix=fix, status=status)
+def _rebuild(cls: type[UserError], args: tuple[str, str, str, int, float | None]) -> UserError:
+    what, where, fix, status, retry_after = args
+    error = cls(what, where=where, fix=fix, status=status)
+    error.retry_after = retry_after
+    return error
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:

@@ -33,6 +33,14 @@ class Host(Protocol):
     def remove_adapter(self, key: str) -> None: ...
 
 
+@dataclass(frozen=True)
+class Use:
+    """An adapter in use: the engine's ``key`` of it, and its ``name``, ``NAME@VERSION``; None is the base."""
+
+    key: str | None = None
+    name: str | None = None
+
+
 @dataclass
 class _Resident:
     nbytes: int
@@ -60,41 +68,42 @@ class AdapterStore:
         self._lock = threading.Lock()
 
     @contextmanager
-    def use(self, model: ModelId) -> Iterator[str | None]:
-        """The engine's key for a parsed model id (None: the base), resident until the block ends.
+    def use(self, model: ModelId) -> Iterator[Use]:
+        """The adapter of a parsed model id, resident until the block ends.
 
         Raises :class:`UserError`: 404 unknown, 409 damaged, unsupported or trained on another base.
         """
         if model.adapter is None:
-            yield None
+            yield Use()
             return
-        key, folder, root = self._locate(model.adapter, model.at)
+        used, folder, root = self._locate(model.adapter, model.at)
+        key = str(used.key)
         with self._lock:
             entry = self._resident.get(key) or self._load(key, folder, root)
             entry.users += 1
             self._resident.move_to_end(key)
         try:
-            yield key
+            yield used
         finally:
             with self._lock:
                 entry.users -= 1
                 self._evict()
 
-    def _locate(self, name: str, at: str | None) -> tuple[str, Path, Path | None]:
-        """(engine key, folder, root that the files may not leave)."""
+    def _locate(self, name: str, at: str | None) -> tuple[Use, Path, Path | None]:
+        """(engine's key and name, folder, root that the files may not leave)."""
         if name in self._folders:
             if at is not None:
                 raise UserError(
                     f"adapter '{name}' is a folder without versions", fix=f"leave out '@{at}'", status=404
                 )
             folder = self._folders[name]
-            return f"{name}@{folder}", folder, None
+            return Use(f"{name}@{folder}", name), folder, None
         if self._registry is None:
             fix = did_you_mean(name, self._folders) if self._folders else "this server has no adapters"
             raise UserError(f"unknown adapter '{name}'", fix=fix, status=404)
         found = self._registry.resolve(name, at)
         # The path is part of the key: the same name and version under another root is another adapter.
-        return f"{found.ref}@{found.path}", found.path, self._registry.root
+        return Use(f"{found.ref}@{found.path}", found.ref), found.path, self._registry.root
 
     def _load(self, key: str, folder: Path, root: Path | None) -> _Resident:
         self._host.check_lineage(folder)

@@ -21,6 +21,7 @@ from qwen_ray.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingsRequest,
     ScoreRequest,
     TokenizeRequest,
 )
@@ -104,6 +105,10 @@ def create_app(client: Client) -> FastAPI:
     @app.post("/v1/score")
     async def score(body: ScoreRequest) -> Response:
         return await answer("score", body)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingsRequest) -> Response:
+        return await answer("embeddings", body)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Response:

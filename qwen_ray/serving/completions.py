@@ -16,12 +16,13 @@ from qwen_ray.serving.engines.base import (
     Alternatives,
     GenerateRequest,
     GenerateResult,
+    ScoreItem,
     ScoreResult,
     TokenEvent,
 )
 from qwen_ray.serving.engines.packing import check_ids
 from qwen_ray.serving.engines.torch import TorchEngine, prompt_item
-from qwen_ray.serving.protocol import ChatRequest, CompletionRequest
+from qwen_ray.serving.protocol import ChatRequest, CompletionRequest, Message
 from qwen_ray.serving.scheduler import Generation, Scheduler
 
 if TYPE_CHECKING:
@@ -39,14 +40,29 @@ def finite(logprob: float) -> float:
 
 
 @dataclass
+class Prompt:
+    """``adapter``: the engine's key of what answers. ``prefix``: tokens that the model reads before ``ids``
+    and that are not part of what the client sent (retrieved passages)."""
+
+    ids: list[int]
+    text: str = ""
+    """What is echoed; empty if it came as ids and no echo is wanted."""
+    adapter: str | None = None
+    prefix: list[int] = field(default_factory=list)
+
+    def item(self, *, top: int) -> ScoreItem:
+        """Asks for the log-probabilities of ``ids`` after the first, and of the token that would follow."""
+        return prompt_item(self.adapter, self.ids, top=top, prefix=self.prefix)
+
+
+@dataclass
 class Plan:
     """A request in token terms. Choice ``p * n + j`` is the j-th of prompt p."""
 
     kind: str  # "completion" or "chat"
     model: str
-    adapter: str | None
-    prompts: list[list[int]]
-    texts: list[str]  # echoed before the answer; empty without echo
+    prompts: list[Prompt]
+    echo: bool
     generate: list[GenerateRequest]
     score_prompts: bool = False  # log-probabilities of the prompts are wanted
     top: int | None = None
@@ -61,7 +77,7 @@ class Plan:
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(map(len, self.prompts))
+        return sum(len(prompt.prefix) + len(prompt.ids) for prompt in self.prompts)
 
 
 def _answer_lead(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -88,44 +104,47 @@ class Completions:
 
     # -- plans
 
-    def plan_completion(self, body: CompletionRequest, adapter: str | None) -> Plan:
-        """Tokenise and check; :class:`UserError` names what is wrong."""
-        prompts, texts = self._prompts(body)
-        plan = Plan(
-            "completion", body.model, adapter, prompts, texts if body.echo else [], [], top=body.logprobs
-        )
+    def plan_completion(self, body: CompletionRequest, prompts: list[Prompt]) -> Plan:
+        """Check; :class:`UserError` names what is wrong. ``prompts``: those of :meth:`prompts`, assigned."""
+        plan = Plan("completion", body.model, prompts, body.echo, [], top=body.logprobs)
         plan.score_prompts = body.echo and body.logprobs is not None
         plan.usage_in_stream = body.stream_options.include_usage
         plan.id = f"cmpl-{uuid.uuid4().hex}"
         self._fill(plan, body, body.max_tokens, body.logprobs)
         if plan.score_prompts:
             for prompt in prompts:
-                self._engine.check_score(prompt_item(adapter, prompt, top=body.logprobs or 0))
+                self._engine.check_score(prompt.item(top=body.logprobs or 0))
         return plan
 
-    def plan_chat(self, body: ChatRequest, adapter: str | None) -> Plan:
-        """Render the conversation with the model's template, tokenise and check."""
-        from jinja2 import TemplateError
-
+    def plan_chat(self, body: ChatRequest, prompt: Prompt) -> Plan:
+        """Check; ``prompt`` is that of :meth:`conversation`, assigned."""
         if body.top_logprobs and not body.logprobs:
             raise UserError("top_logprobs needs logprobs", where="top_logprobs", fix="set logprobs to true")
-        messages = [message.model_dump(include={"role", "content"}) for message in body.messages]
-        try:
-            text = self._engine.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except (TemplateError, TypeError, ValueError) as e:
-            raise UserError(
-                f"the model's chat template refuses this conversation: {e}", where="messages"
-            ) from None
-        prompt = self._encode(str(text), special=False)
         top = body.top_logprobs if body.logprobs else None
-        plan = Plan("chat", body.model, adapter, [prompt], [], [], top=top)
+        plan = Plan("chat", body.model, [prompt], False, [], top=top)
         plan.usage_in_stream = body.stream_options.include_usage
         plan.id = f"chatcmpl-{uuid.uuid4().hex}"
         limit = body.max_completion_tokens or body.max_tokens or self._engine.context_length
         self._fill(plan, body, limit, top)
         return plan
+
+    def conversation(self, messages: Sequence[Message], notes: str = "") -> list[int]:
+        """The conversation as the model's template writes it, in tokens. ``notes`` go before the text of the
+        last message of the user."""
+        from jinja2 import TemplateError
+
+        listed = [message.model_dump(include={"role", "content"}) for message in messages]
+        if notes and (users := [m for m in listed if m["role"] == "user"]):
+            users[-1]["content"] = notes + users[-1]["content"]
+        try:
+            text = self._engine.tokenizer.apply_chat_template(
+                listed, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError, ValueError) as e:
+            raise UserError(
+                f"the model's chat template refuses this conversation: {e}", where="messages"
+            ) from None
+        return self.encode(str(text), special=False)
 
     def _fill(self, plan: Plan, body: CompletionRequest | ChatRequest, limit: int, top: int | None) -> None:
         if limit == 0:
@@ -134,8 +153,8 @@ class Completions:
             for j in range(body.n):
                 plan.generate.append(
                     GenerateRequest(
-                        plan.adapter,
-                        prompt,
+                        prompt.adapter,
+                        [*prompt.prefix, *prompt.ids],
                         limit,
                         temperature=body.temperature,
                         top_p=body.top_p,
@@ -148,26 +167,29 @@ class Completions:
             for request in plan.generate:
                 self._engine.check_generate(request)
 
-    def _prompts(self, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
+    def prompts(self, body: CompletionRequest) -> list[Prompt]:
+        """The prompts of a request in tokens, checked."""
         given: Any = body.prompt
         if isinstance(given, str) or isinstance(given[0], int):
             given = [given]
-        prompts, texts = [], []
+        prompts = []
         for prompt in given:
             if isinstance(prompt, str):
-                ids, text = self._encode(prompt), prompt
+                ids, text = self.encode(prompt), prompt
             else:
                 ids = list(prompt)
                 check_ids(ids, "prompt", vocabulary=self._engine.vocabulary)
-                text = str(self._engine.tokenizer.decode(ids)) if body.echo else ""
+                text = self.decode(ids) if body.echo else ""
             if not ids:
                 raise UserError("the prompt is empty", where="prompt", fix="give at least one token")
-            prompts.append(ids)
-            texts.append(text)
-        return prompts, texts
+            prompts.append(Prompt(ids, text))
+        return prompts
 
-    def _encode(self, text: str, *, special: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         return list(self._engine.tokenizer.encode(text, add_special_tokens=special, verbose=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._engine.tokenizer.decode(ids))
 
     # -- whole answers
 
@@ -198,7 +220,7 @@ class Completions:
     async def _score(self, plan: Plan) -> list[ScoreResult]:
         if not plan.score_prompts:
             return []
-        items = [prompt_item(plan.adapter, prompt, top=plan.top or 0) for prompt in plan.prompts]
+        items = [prompt.item(top=plan.top or 0) for prompt in plan.prompts]
         return await asyncio.wrap_future(self._scheduler.score(items))
 
     def _next_as_result(self, plan: Plan, scored: ScoreResult) -> GenerateResult:
@@ -225,13 +247,13 @@ class Completions:
                 "logprobs": logprobs,
                 "finish_reason": result.finish_reason,
             }
-        prompt = index // self._n(plan)
-        echoed = plan.texts[prompt] if plan.texts else ""
+        prompt = plan.prompts[index // self._n(plan)]
+        echoed = prompt.text if plan.echo else ""
         block_body: Json | None = None
         if plan.top is not None:
             block = LogprobBlock(self)
             if scored is not None:
-                block.add_prompt(plan.prompts[prompt], scored)
+                block.add_prompt(prompt.ids, scored)
             for token, logprob, top in zip(result.ids, result.logprobs, result.top, strict=True):
                 block.add(token, logprob, top)
             block_body = block.body
@@ -306,16 +328,17 @@ class Completions:
             if plan.kind == "chat":
                 delta = {"role": "assistant", "content": ""}
                 choice: Json = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
-            elif plan.texts:
-                prompt, logprobs = i // self._n(plan), None
+            elif plan.echo:
+                number, logprobs = i // self._n(plan), None
+                prompt = plan.prompts[number]
                 if scored:
                     block = LogprobBlock(self)
-                    block.add_prompt(plan.prompts[prompt], scored[prompt])
+                    block.add_prompt(prompt.ids, scored[number])
                     logprobs, offsets[i] = block.body, block.offset
                 finish = None if plan.generate else "length"
                 choice = {
                     "index": i,
-                    "text": plan.texts[prompt],
+                    "text": prompt.text,
                     "logprobs": logprobs,
                     "finish_reason": finish,
                 }

@@ -1,8 +1,9 @@
-"""The model ids of the API: ``base[:adapter[@version]]``.
+"""The model ids of the API: ``base[:adapter[@version] | :auto][+rag]``.
 
 ``qwen2.5-3b`` is the base model, ``qwen2.5-3b:biology`` the adapter's production version,
-``qwen2.5-3b:biology@4`` and ``...@candidate`` a version by number or alias. An id is taken apart and
-checked here, before any cache, file or metric sees a name from a request.
+``qwen2.5-3b:biology@4`` and ``...@candidate`` a version by number or alias. ``:auto`` lets the router
+choose the adapter, and with ``+rag`` the model reads what a knowledge base holds on the question. An id is
+taken apart and checked here, before any cache, file or metric sees a name from a request.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from qwen_ray.errors import UserError
 from qwen_ray.registry import NAME
 
-AUTO = "auto"
+AUTO, RAG = "auto", "rag"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class ModelId:
     base: str
     adapter: str | None = None
     at: str | None = None
+    rag: bool = False
+
+    @property
+    def auto(self) -> bool:
+        """Whether the router chooses the adapter."""
+        return self.adapter == AUTO
 
     def __str__(self) -> str:
         text = self.base
@@ -29,39 +36,37 @@ class ModelId:
             text += f":{self.adapter}"
         if self.at is not None:
             text += f"@{self.at}"
-        return text
+        return f"{text}+{RAG}" if self.rag else text
 
 
 def parse(text: str) -> ModelId:
-    """Take an id apart; :class:`UserError` with status 400 (not built) or 404 (cannot exist)."""
-    if "+" in text:
-        raise UserError(
-            f"'{_shown(text)}': this server has no '+' extensions (retrieval)",
-            fix="leave out the part from '+' on",
-        )
-    base, colon, rest = text.partition(":")
+    """Take an id apart; :class:`UserError` with status 404 for one that cannot exist."""
+    name, plus, extension = text.partition("+")
+    if plus and extension != RAG:
+        raise _unknown(text, f"'+{_shown(extension)}' is not an extension")
+    base, colon, rest = name.partition(":")
     adapter, at_sign, at = rest.partition("@")
     _check(base, "model", text)
-    if not colon:
-        return ModelId(base)
-    _check(adapter, "adapter", text)
-    if adapter == AUTO:
-        raise UserError(
-            f"'{text}': this server has no router", fix="name an adapter; GET /v1/models lists them"
-        )
-    if not at_sign:
-        return ModelId(base, adapter)
-    _check(at, "version", text)
-    return ModelId(base, adapter, at)
+    if colon:
+        _check(adapter, "adapter", text)
+    if at_sign:
+        _check(at, "version", text)
+        if adapter == AUTO:
+            raise _unknown(text, "what the router chooses has no version")
+    return ModelId(base, adapter if colon else None, at if at_sign else None, bool(plus))
 
 
 def _check(part: str, what: str, whole: str) -> None:
     if not NAME.fullmatch(part):
-        raise UserError(
-            f"unknown model '{_shown(whole)}': '{_shown(part)}' cannot be the name of a {what}",
-            fix="the form is base[:adapter[@version]]; GET /v1/models lists what is served",
-            status=404,
-        )
+        raise _unknown(whole, f"'{_shown(part)}' cannot be the name of a {what}")
+
+
+def _unknown(whole: str, why: str) -> UserError:
+    return UserError(
+        f"unknown model '{_shown(whole)}': {why}",
+        fix="the form is base[:adapter[@version] | :auto][+rag]; GET /v1/models lists what is served",
+        status=404,
+    )
 
 
 def _shown(text: str) -> str:

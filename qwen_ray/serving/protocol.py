@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from qwen_ray.serving.engines.base import MAX_TOP
 
-MAX_PROMPTS, MAX_CHOICES, MAX_ITEMS, MAX_STOPS = 1024, 16, 4096, 64
+MAX_PROMPTS, MAX_CHOICES, MAX_ITEMS, MAX_STOPS, MAX_MODELS = 1024, 16, 4096, 64, 64
 # Sent by OpenAI's clients for the provider's book-keeping.
 _IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Accepted where they ask for what is done anyway.
@@ -119,10 +119,30 @@ class ScoreItemBody(_Request):
 
 
 class ScoreRequest(_Request):
-    """``POST /v1/score``: token ids in, one log-probability a continuation out."""
+    """``POST /v1/score``: token ids in, one log-probability a continuation out, of one or several models."""
+
+    model: str | None = Field(None, max_length=200)
+    models: list[Annotated[str, Field(max_length=200)]] = Field(default_factory=list, max_length=MAX_MODELS)
+    items: list[ScoreItemBody] = Field(min_length=1, max_length=MAX_ITEMS)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> ScoreRequest:
+        if (self.model is None) == (not self.models):
+            raise ValueError("give either model or models")
+        if len(set(self.models)) < len(self.models):
+            raise ValueError("models names one twice")
+        return self
+
+
+class EmbeddingsRequest(_Request):
+    """``POST /v1/embeddings``: the model that retrieval and the router use."""
 
     model: str = Field(max_length=200)
-    items: list[ScoreItemBody] = Field(min_length=1, max_length=MAX_ITEMS)
+    input: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
 
 
 class TokenizeRequest(_Request):

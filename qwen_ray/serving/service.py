@@ -7,18 +7,22 @@ bad input crosses process borders as data and no traceback ever reaches a client
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwen_ray import models
 from qwen_ray.errors import UserError
 from qwen_ray.registry import NAME, Registry
-from qwen_ray.serving.adapters import DEFAULT_BYTES, AdapterStore
-from qwen_ray.serving.completions import Completions, Json, Plan, finite
-from qwen_ray.serving.engines.base import ScoreItem
+from qwen_ray.serving.adapters import DEFAULT_BYTES, AdapterStore, Use
+from qwen_ray.serving.assistant import Assistant, NoAssistant, Passage, Route, question_of
+from qwen_ray.serving.completions import Completions, Json, Plan, Prompt, finite
+from qwen_ray.serving.engines.base import ScoreItem, ScoreResult
 from qwen_ray.serving.engines.packing import check_ids
 from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.model_id import ModelId, parse
@@ -26,12 +30,36 @@ from qwen_ray.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingsRequest,
     ScoreRequest,
     TokenizeRequest,
 )
 from qwen_ray.serving.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
+
+NOTES = "Use these notes where they help.\n{passages}\n\n"
+"""What the model reads before a question, with the retrieved passages in it."""
+
+
+@dataclass
+class Assigned:
+    """What answers one prompt: an adapter or the base, after reading passages."""
+
+    model: ModelId
+    use: Use
+    passages: list[Passage]
+    route: Route | None = None
+    prefix: list[int] = field(default_factory=list)
+
+    def describe(self) -> Json:
+        """As the response says it."""
+        about: Json = {"adapter": self.use.name}
+        if self.route is not None:
+            about["route"] = {"domain": self.route.domain, "score": round(self.route.score, 4)}
+        if self.model.rag:
+            about["citations"] = [passage.citation() for passage in self.passages]
+        return about
 
 
 class Service:
@@ -44,7 +72,11 @@ class Service:
         registry: Path | None = None,
         adapters: dict[str, Path] | None = None,
         adapter_bytes: int = DEFAULT_BYTES,
+        assistant: Assistant | None = None,
+        notes_template: str = NOTES,
     ) -> None:
+        """``assistant``: router and knowledge bases, for ``:auto`` and ``+rag``. ``notes_template`` holds
+        ``{passages}``, the numbered passages that the model reads before the question."""
         if not NAME.fullmatch(engine.id):
             raise UserError(
                 f"'{engine.id}' cannot be a model's name on the API",
@@ -59,6 +91,8 @@ class Service:
             max_bytes=adapter_bytes,
             on_model=self.scheduler.call,
         )
+        self.assistant = assistant or NoAssistant()
+        self.notes_template = notes_template
         self._completions = Completions(engine, self.scheduler)
         self._calls: dict[str, Callable[[Any], Awaitable[Any]]] = {
             "models": self._models,
@@ -69,6 +103,7 @@ class Service:
             "score": self._score,
             "completion": self._completion,
             "chat": self._completion,
+            "embeddings": self._embeddings,
         }
 
     @classmethod
@@ -86,9 +121,11 @@ class Service:
     async def stream(self, method: str, body: CompletionRequest | ChatRequest) -> AsyncIterator[Json]:
         """Envelopes with response chunks; an error ends the stream."""
         try:
-            async with self._adapter(body.model) as key:
-                async for chunk in self._completions.stream(self._plan(body, key)):
-                    yield {"ok": chunk}
+            async with self._planned(body) as (plan, about):
+                first = about
+                async for chunk in self._completions.stream(plan):
+                    yield {"ok": chunk | first}
+                    first = {}
         except Exception as e:
             yield _error(e)
 
@@ -98,12 +135,12 @@ class Service:
     # -- models
 
     @asynccontextmanager
-    async def _adapter(self, model: str) -> AsyncIterator[str | None]:
-        """The engine's key of the model's adapter, held in memory meanwhile. Disk work stays off the loop."""
-        lease = self.store.use(self._known(model))
-        key = await asyncio.to_thread(lease.__enter__)
+    async def _use(self, model: ModelId) -> AsyncIterator[Use]:
+        """The model's adapter, held in memory meanwhile. Disk work stays off the loop."""
+        lease = self.store.use(model)
+        used = await asyncio.to_thread(lease.__enter__)
         try:
-            yield key
+            yield used
         finally:
             await asyncio.shield(asyncio.to_thread(lease.__exit__, None, None, None))
 
@@ -116,6 +153,50 @@ class Service:
                 status=404,
             )
         return parsed
+
+    @asynccontextmanager
+    async def _assigned(
+        self, model: str, questions: Callable[[], list[str]], count: int
+    ) -> AsyncIterator[list[Assigned]]:
+        """What answers each of the ``count`` prompts of a request, with the adapters held in memory."""
+        parsed = self._known(model)
+        asked = [question_of(text) for text in questions()] if parsed.auto or parsed.rag else []
+        routes = await self.assistant.route(asked) if parsed.auto else []
+        passages = await self._passages(parsed, asked, routes) if parsed.rag else [[]] * count
+        async with AsyncExitStack() as stack:
+            if not parsed.auto:
+                used = await stack.enter_async_context(self._use(parsed))
+                yield [Assigned(parsed, used, found) for found in passages]
+                return
+            uses = {name: await self._chosen(stack, parsed, name) for name in {r.adapter for r in routes}}
+            yield [
+                Assigned(parsed, uses[route.adapter], found, route)
+                for route, found in zip(routes, passages, strict=True)
+            ]
+
+    async def _chosen(self, stack: AsyncExitStack, model: ModelId, adapter: str | None) -> Use:
+        """The adapter that the router chose; the base where it is not served."""
+        try:
+            return await stack.enter_async_context(self._use(ModelId(model.base, adapter)))
+        except UserError as e:
+            if e.status != 404:
+                raise
+            log.warning("the router chose an adapter that is not served: %s", e.what)
+            return Use()
+
+    async def _passages(
+        self, model: ModelId, questions: list[str], routes: Sequence[Route]
+    ) -> list[list[Passage]]:
+        """What to read on each question: of its domain or of all; nothing if the router abstains."""
+        if not model.auto:
+            return await self.assistant.retrieve(questions, model.adapter)
+        found: list[list[Passage]] = [[] for _ in questions]
+        for domain in sorted({route.domain for route in routes if route.domain and route.adapter}):
+            members = [i for i, route in enumerate(routes) if route.domain == domain and route.adapter]
+            lists = await self.assistant.retrieve([questions[i] for i in members], domain, only=True)
+            for i, passages in zip(members, lists, strict=True):
+                found[i] = passages
+        return found
 
     async def _models(self, _: None) -> Json:
         common = {
@@ -178,35 +259,125 @@ class Service:
     # -- scores and text
 
     async def _score(self, body: ScoreRequest) -> Json:
-        async with self._adapter(body.model) as key:
-            items = [ScoreItem(key, item.context, item.continuations) for item in body.items]
-            results = await asyncio.wrap_future(self.scheduler.score(items))
-        return {
-            "model": body.model,
-            "items": [
-                {
-                    "logprobs": [finite(score.total) for score in result.continuations],
-                    "greedy": [score.greedy for score in result.continuations],
-                    "tokens": [len(score.logprobs) for score in result.continuations],
-                    "truncated": result.truncated,
-                }
-                for result in results
-            ],
-        }
+        """All models in one call, so that they share forwards."""
+        models = body.models or [str(body.model)]
+        for item in body.items:
+            check_ids(item.context, "context", vocabulary=self.engine.vocabulary)
+
+        def texts() -> list[str]:
+            return [self._completions.decode(item.context) for item in body.items]
+
+        async with AsyncExitStack() as stack:
+            assigned = [
+                await stack.enter_async_context(self._assigned(model, texts, len(body.items)))
+                for model in models
+            ]
+            items = []
+            for of_model in assigned:
+                for item, one in zip(body.items, of_model, strict=True):
+                    longest = max(map(len, item.continuations))
+                    one.prefix = self._prefix(one, len(item.context) + longest - 1)
+                    context = [*one.prefix, *item.context]
+                    items.append(ScoreItem(one.use.key, context, item.continuations))
+            scored = await asyncio.wrap_future(self.scheduler.score(items))
+        results = iter(scored)
+        answers = [
+            {"items": [_scored(next(results)) for _ in body.items]} | _answered(of_model)
+            for of_model in assigned
+        ]
+        if body.model is not None:
+            return {"model": body.model, **answers[0]}
+        return {"models": dict(zip(models, answers, strict=True))}
 
     async def _completion(self, body: CompletionRequest | ChatRequest) -> Json:
-        async with self._adapter(body.model) as key:
-            return await self._completions.run(self._plan(body, key))
+        async with self._planned(body) as (plan, about):
+            return await self._completions.run(plan) | about
 
-    def _plan(self, body: CompletionRequest | ChatRequest, key: str | None) -> Plan:
+    @asynccontextmanager
+    async def _planned(self, body: CompletionRequest | ChatRequest) -> AsyncIterator[tuple[Plan, Json]]:
+        """The plan of a request, and what its answer says of who answered."""
         if isinstance(body, ChatRequest):
-            return self._completions.plan_chat(body, key)
-        return self._completions.plan_completion(body, key)
+            users = [message.content for message in body.messages if message.role == "user"]
+            async with self._assigned(body.model, lambda: users[-1:] or [""], 1) as (one,):
+                prompt = Prompt(self._talk(body, one), adapter=one.use.key)
+                yield self._completions.plan_chat(body, prompt), _answered([one])
+            return
+        prompts = self._completions.prompts(body)
+
+        def texts() -> list[str]:
+            return [prompt.text or self._completions.decode(prompt.ids) for prompt in prompts]
+
+        async with self._assigned(body.model, texts, len(prompts)) as assigned:
+            for prompt, one in zip(prompts, assigned, strict=True):
+                prompt.adapter = one.use.key
+                prompt.prefix = one.prefix = self._prefix(one, len(prompt.ids) + body.max_tokens)
+            yield self._completions.plan_completion(body, prompts), _answered(assigned)
+
+    def _prefix(self, one: Assigned, needed: int) -> list[int]:
+        """The notes on a question in tokens: as many of its passages as leave room for ``needed`` tokens."""
+        while one.passages:
+            ids = self._completions.encode(self._notes(one.passages), special=False)
+            if len(ids) + needed <= self.engine.context_length:
+                return ids
+            one.passages = one.passages[:-1]
+        return []
+
+    def _talk(self, body: ChatRequest, one: Assigned) -> list[int]:
+        """A conversation in tokens, with as many of the passages as leave room for the answer."""
+        wanted = body.max_completion_tokens or body.max_tokens or 1
+        while one.passages:
+            ids = self._completions.conversation(body.messages, self._notes(one.passages))
+            if len(ids) + wanted <= self.engine.context_length:
+                return ids
+            one.passages = one.passages[:-1]
+        return self._completions.conversation(body.messages)
+
+    def _notes(self, passages: Sequence[Passage]) -> str:
+        shown = "\n".join(f"[{i}] {passage.text}" for i, passage in enumerate(passages, start=1))
+        return self.notes_template.replace("{passages}", shown)
+
+    async def _embeddings(self, body: EmbeddingsRequest) -> Json:
+        about = await self.assistant.describe()
+        if about["embedder"] is None or body.model != about["embedder"]:
+            raise UserError(
+                f"'{body.model}' is not an embedding model",
+                fix=f"this server has '{about['embedder']}'" if about["embedder"] else "this server has none",
+                status=404,
+            )
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        embedded = await self.assistant.embed(texts)
+        data = [
+            {"object": "embedding", "index": i, "embedding": _vector(vector, body.encoding_format)}
+            for i, vector in enumerate(embedded.vectors)
+        ]
+        usage = {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens}
+        return {"object": "list", "model": body.model, "data": data, "usage": usage}
+
+
+def _answered(assigned: Sequence[Assigned]) -> Json:
+    """Our addition to OpenAI's objects: for each prompt what answered, its route and its citations."""
+    return {"qwen_ray": {"prompts": [one.describe() for one in assigned]}}
+
+
+def _scored(result: ScoreResult) -> Json:
+    return {
+        "logprobs": [finite(score.total) for score in result.continuations],
+        "greedy": [score.greedy for score in result.continuations],
+        "tokens": [len(score.logprobs) for score in result.continuations],
+        "truncated": result.truncated,
+    }
+
+
+def _vector(values: Sequence[float], form: str) -> list[float] | str:
+    """As JSON, or as OpenAI's clients ask for it: little-endian float32 in base64."""
+    if form == "float":
+        return list(values)
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
 
 
 def _error(e: Exception) -> Json:
     if isinstance(e, UserError):
         message = e.what + (f" ({e.fix})" if e.fix else "")
-        return {"error": {"status": e.status, "message": message}}
+        return {"error": {"status": e.status, "message": message, "retry_after": e.retry_after}}
     log.error("a request failed", exc_info=e)
     return {"error": {"status": 500, "message": "the server failed on this request; its log says why"}}

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from qwen_ray.errors import UserError
 from qwen_ray.registry import Registry
-from qwen_ray.serving.adapters import AdapterStore
+from qwen_ray.serving.adapters import AdapterStore, Use
 from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.model_id import parse
 from tests.serving.conftest import make_adapter
 
 
 def use(store: AdapterStore, name: str) -> str:
-    with store.use(parse(f"rand:{name}")) as key:
-        assert key is not None
-        return key
+    with store.use(parse(f"rand:{name}")) as used:
+        assert used.key is not None
+        return used.key
 
 
 def test_versions_and_aliases_are_different_adapters(engine: TorchEngine, registry: Registry) -> None:
@@ -30,8 +30,8 @@ def test_versions_and_aliases_are_different_adapters(engine: TorchEngine, regist
     production, first, second = use(store, "geo"), use(store, "geo@1"), use(store, "geo@2")
     assert production == first != second
     assert set(store.resident) == {first, second}
-    with store.use(parse("rand")) as key:
-        assert key is None
+    with store.use(parse("rand")) as base:
+        assert base == Use()
 
 
 def test_unknown_adapter_version_and_alias_are_404(engine: TorchEngine, registry: Registry) -> None:
@@ -52,8 +52,8 @@ def test_least_recently_used_goes_first_and_never_one_in_use(
     use(store, "geo")
     with store.use(parse("rand:bio")):
         with store.use(parse("rand:law")) as law:  # does not fit: geo goes, bio is in use
-            assert store.resident == [bio, law]
-            assert engine.lora.keys == [bio, law]
+            assert store.resident == [bio, law.key]
+            assert engine.lora.keys == [bio, law.key]
         assert bio in store.resident
     assert geo not in store.resident
     assert sum(sizes[key.split("@")[0]] for key in store.resident) <= sizes["geo"] + sizes["bio"]

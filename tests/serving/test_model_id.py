@@ -13,6 +13,10 @@ from qwen_ray.serving.model_id import ModelId, parse
         ("qwen2.5-3b:biology", ModelId("qwen2.5-3b", "biology")),
         ("qwen2.5-3b:bio_2.x@12", ModelId("qwen2.5-3b", "bio_2.x", "12")),
         ("a:b@candidate", ModelId("a", "b", "candidate")),
+        ("tiny:auto", ModelId("tiny", "auto")),
+        ("tiny+rag", ModelId("tiny", rag=True)),
+        ("tiny:b@3+rag", ModelId("tiny", "b", "3", rag=True)),
+        ("tiny:auto+rag", ModelId("tiny", "auto", rag=True)),
     ],
 )
 def test_good_ids_come_back_as_they_went_in(text: str, want: ModelId) -> None:
@@ -48,6 +52,11 @@ def test_good_ids_come_back_as_they_went_in(text: str, want: ModelId) -> None:
         "tiny@3",
         "tiny:" + "a" * 65,
         "tiny:é",
+        "tiny+",
+        "tiny+rag+rag",
+        "tiny+web",
+        "tiny+rag:geo",
+        "tiny:auto@1",
     ],
 )
 def test_names_that_cannot_exist_are_404(text: str) -> None:
@@ -56,12 +65,3 @@ def test_names_that_cannot_exist_are_404(text: str) -> None:
     assert e.value.status == 404
     assert all(c.isprintable() for c in e.value.what)
     assert len(e.value.what) < 300
-
-
-@pytest.mark.parametrize(
-    ("text", "word"), [("tiny:auto", "router"), ("tiny+rag", "retrieval"), ("tiny:a+rag", "+")]
-)
-def test_what_is_not_built_says_so(text: str, word: str) -> None:
-    with pytest.raises(UserError, match=word if word != "+" else r"\+") as e:
-        parse(text)
-    assert e.value.status == 400

@@ -314,10 +314,14 @@ class TorchEngine:
         )
 
 
-def prompt_item(adapter: str | None, ids: Sequence[int], *, top: int = 0) -> ScoreItem:
-    """The item that asks for the log-probabilities of a whole prompt and of the token after it."""
+def prompt_item(
+    adapter: str | None, ids: Sequence[int], *, top: int = 0, prefix: Sequence[int] = ()
+) -> ScoreItem:
+    """The item that asks for the log-probabilities of a whole prompt and of the token after it.
+
+    ``prefix``: what the model reads before, whose log-probabilities are not wanted."""
     rest = (tuple(ids[1:]),) if len(ids) > 1 else ()
-    return ScoreItem(adapter, tuple(ids[:1]), rest, top=top, next_token=True)
+    return ScoreItem(adapter, (*prefix, *ids[:1]), rest, top=top, next_token=True)
 
 
 def _read_out(
