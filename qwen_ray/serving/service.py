@@ -25,7 +25,7 @@ from qwen_ray.serving.completions import Completions, Json, Plan, Prompt, finite
 from qwen_ray.serving.engines.base import ScoreItem, ScoreResult
 from qwen_ray.serving.engines.packing import check_ids
 from qwen_ray.serving.engines.torch import TorchEngine
-from qwen_ray.serving.model_id import ModelId, parse
+from qwen_ray.serving.model_id import AUTO, RAG, ModelId, parse
 from qwen_ray.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -199,19 +199,22 @@ class Service:
         return found
 
     async def _models(self, _: None) -> Json:
-        common = {
-            "object": "model",
-            "created": 0,
-            "owned_by": "qwen-ray",
-            "max_model_len": self.engine.context_length,
-        }
-        base = {"id": self.engine.id, **common, "fingerprint": self.engine.fingerprint, "parent": None}
+        """Every id that can be asked for: base, adapters, the router's choice, and these with retrieval."""
         available = await asyncio.to_thread(self.store.available, self.engine.fingerprint)
-        entries = [
-            {"id": f"{self.engine.id}:{name}", **common, "parent": self.engine.id, "adapter": facts}
-            for name, facts in available
-        ]
-        return {"object": "list", "data": [base, *entries]}
+        about = await self.assistant.describe()
+        base = self.engine.id
+        entries: list[Json] = [{"id": base, "fingerprint": self.engine.fingerprint, "parent": None}]
+        entries += [{"id": f"{base}:{name}", "parent": base, "adapter": facts} for name, facts in available]
+        if about["router"]:
+            entries.append({"id": f"{base}:{AUTO}", "parent": base, "router": about["router"]})
+        if bases := about["knowledge_bases"]:
+            read = [{"id": f"{e['id']}+{RAG}", "parent": base} for e in entries if "@" not in e["id"]]
+            entries += [entry | {"knowledge_bases": bases} for entry in read]
+        common = {"object": "model", "created": 0, "owned_by": "qwen-ray"}
+        served = [entry | common | {"max_model_len": self.engine.context_length} for entry in entries]
+        if about["embedder"]:
+            served.append({"id": about["embedder"], **common, "parent": None, "embeddings": True})
+        return {"object": "list", "data": served}
 
     async def _health(self, _: None) -> Json:
         if not self.scheduler.alive:
