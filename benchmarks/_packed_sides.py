@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     import torch
 
 TRIALS = 8
+CONTROL = 0
+"""The trial that is run once more: the reference, at the highest rate."""
+HIGHEST_RATE = 1e-3
+"""At higher ones a trial of so few tokens a step is chaotic: rounding alone decides where it ends."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,11 @@ class Task:
                 "run": {
                     "model": {"name": self.model},
                     # Dropout only takes time from what is compared.
-                    "method": {"dropout": 0.0},
+                    "method": {"dropout": 0.0, "r": 16, "alpha": 32},
                     "data": {"train": [self.data], "max_length": self.length},
                     "optim": {
                         "max_steps": self.steps,
+                        "learning_rate": HIGHEST_RATE,
                         "batch_size": self.rows,
                         "gradient_accumulation": 1,
                         "warmup_steps": 10,
@@ -77,7 +82,11 @@ class Task:
                     "precision": "fp32",
                 },
                 "space": {
-                    "optim.learning_rate": {"distribution": "log_uniform", "low": 5e-4, "high": 5e-3},
+                    "optim.learning_rate": {
+                        "distribution": "log_uniform",
+                        "low": HIGHEST_RATE / 10,
+                        "high": HIGHEST_RATE,
+                    },
                     "method.r": {"distribution": "choice", "values": [8, 16, 32]},
                 },
                 "search": {"name": "random", "trials": TRIALS},
@@ -153,6 +162,11 @@ def run_trial(task: Task, index: int) -> float:
     run_rank("ddp", torch.device("cpu"), config, Path(config.out), on_metrics=on_metrics)
     tracker.close()
     return float(rows[-1]["eval_loss"])
+
+
+def control(task: Task) -> None:
+    """One trial without Ray: with another number of threads than in the sweep, it rounds otherwise."""
+    run_trial(task, CONTROL)
 
 
 def check(grid: Any, found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
@@ -257,6 +271,7 @@ def measure_peak(task: Task, work: Callable[[], Any]) -> None:
 PARTS = {
     "packed": packed,
     "sequential": sequential,
+    "control": control,
     "loop": loop_turns,
     "peak_pack": peak_pack,
     "peak_solo": peak_solo,

@@ -1,5 +1,5 @@
-"""The command line: which verbs there are and what they take. What they do is in verbs.py; data_verbs.py and
-sweep_verbs.py have both for `qwen-ray data` and `qwen-ray sweep`.
+"""The command line: which verbs there are and what they take. What they do is in verbs.py; a file such as
+data_verbs.py has both for `qwen-ray data`.
 
 Results go to stdout, everything else to stderr; with ``--json`` stdout holds one JSON document.
 Exit codes: 0 done, 1 failed while running, 2 bad input, 3 a gate said no, 130 interrupted.
@@ -16,7 +16,16 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from qwen_ray import __version__, data_verbs, sweep_verbs
+from qwen_ray import (
+    __version__,
+    data_verbs,
+    eval_verbs,
+    kb_verbs,
+    key_verbs,
+    router_verbs,
+    serve_verbs,
+    sweep_verbs,
+)
 from qwen_ray import verbs as run
 from qwen_ray.errors import (
     EXIT_BAD_INPUT,
@@ -92,9 +101,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     sweep_verbs.add(verbs)
     _add_merge(verbs)
-    _add_eval(verbs)
+    eval_verbs.add(verbs)
     _add_compare(verbs)
-    _add_serve(verbs)
+    serve_verbs.add(verbs)
+    key_verbs.add(verbs)
+    kb_verbs.add(verbs)
+    router_verbs.add(verbs)
     _add_registry(verbs)
     _add_report(verbs)
     config = group(verbs, "config", "about configuration files")
@@ -179,27 +191,6 @@ def _add_merge(verbs: Any) -> None:
     p.add_argument("--dtype", help="fp32, bf16 or fp16 (default: as the base is stored)")
 
 
-def _add_eval(verbs: Any) -> None:
-    p = verb(verbs, "eval", run.evaluate, "benchmark a model, an adapter or an endpoint through lm-eval")
-    example(
-        p,
-        "qwen-ray eval --model 3b --adapter runs/bio/adapter --suite guide --out runs/bio.json",
-        "qwen-ray eval --endpoint http://127.0.0.1:8000 --model tiny:facts --suite tiny --out r.json",
-    )
-    p.add_argument("--model", required=True, help="alias, hub id or folder; with --endpoint, an id it serves")
-    p.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter to put on the model")
-    p.add_argument("--endpoint", metavar="URL", help="benchmark what is served there, load no model")
-    p.add_argument(
-        "--suite",
-        required=True,
-        help="tiny (embedded), guide (MMLU, GSM8K), or a held-out set's folder",
-    )
-    p.add_argument("--data-dir", metavar="FOLDER", help="the suite's original files, where there is no hub")
-    p.add_argument("--limit", type=positive, help="items of each task (all)")
-    p.add_argument("--fewshot", type=int, help="solved examples in the prompt (the suite's own)")
-    p.add_argument("--out", required=True, help="EvalResult file to write (JSON)")
-
-
 def _add_compare(verbs: Any) -> None:
     p = verb(verbs, "compare", run.compare, "two results, paired by item: verdict, exit 0 promote, 3 not")
     example(p, "qwen-ray compare runs/base.json runs/bio.json --targets biology")
@@ -207,27 +198,6 @@ def _add_compare(verbs: Any) -> None:
     p.add_argument("--min-gain", type=float, default=5.0, help="points every target must gain (%(default)g)")
     p.add_argument("--tolerance", type=float, default=4.0, help="points a strength may lose (%(default)g)")
     p.add_argument("--out", help="comparison file to write (JSON)")
-
-
-def _add_serve(verbs: Any) -> None:
-    p = verb(
-        verbs, "serve", run.serve, "serve a base model and its adapters, OpenAI-compatible, on Ray Serve"
-    )
-    example(p, "qwen-ray serve --model tiny --registry runs/demo/registry --port 8000")
-    p.add_argument("--model", required=True, help="base model: alias, hub id or folder")
-    p.add_argument("--registry", metavar="FOLDER", help="adapters served as BASE:NAME[@VERSION]")
-    p.add_argument(
-        "--adapter",
-        action="append",
-        metavar="NAME=FOLDER",
-        help="serve a PEFT folder as BASE:NAME; may be repeated",
-    )
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    p.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s)")
-    p.add_argument("--replicas", type=positive, default=1, help="engine replicas (%(default)s)")
-    p.add_argument("--gpus", type=float, default=0.0, help="GPUs of a replica; 0 computes on the CPU")
-    p.add_argument("--threads", type=positive, default=1, help="CPU threads of a replica (%(default)s)")
-    p.add_argument("--address", help="Ray cluster to join (default: one of its own)")
 
 
 def _add_registry(verbs: Any) -> None:

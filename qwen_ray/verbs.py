@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,30 +114,6 @@ def merge(args: argparse.Namespace, output: Output) -> int:
     return EXIT_OK
 
 
-def evaluate(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.evaluation.report_text import result_table
-    from qwen_ray.evaluation.run import evaluate_endpoint, evaluate_local
-
-    result: dict[str, Any]
-    settings: dict[str, Any] = {
-        "data_dir": Path(args.data_dir) if args.data_dir else None,
-        "limit": args.limit,
-        "num_fewshot": args.fewshot,
-    }
-    if args.endpoint:
-        if args.adapter:
-            raise UserError(
-                "--adapter is a folder; an endpoint knows adapters by name", fix="--model BASE:NAME"
-            )
-        result = evaluate_endpoint(args.endpoint, args.model, args.suite, out=Path(args.out), **settings)
-    else:
-        adapter = Path(args.adapter) if args.adapter else None
-        result = evaluate_local(args.model, adapter, args.suite, out=Path(args.out), **settings)
-    shown = {key: value for key, value in result.items() if key != "items"}
-    output.result(shown, result_table(result))
-    return EXIT_OK
-
-
 def compare(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.evaluation.compare import Gate, compare
     from qwen_ray.evaluation.harness import read_result
@@ -155,33 +129,6 @@ def compare(args: argparse.Namespace, output: Output) -> int:
         write_json(Path(args.out), comparison)
     output.result(comparison, comparison_table(comparison))
     return EXIT_OK if comparison["verdict"] == "promote" else EXIT_GATE_SAID_NO
-
-
-def serve(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray import cluster
-    from qwen_ray.serving import launch
-
-    registry = Path(args.registry) if args.registry else None
-    launch.free_port(args.host, args.port)  # before a cluster is started for nothing
-    cluster.connect(args.address, num_cpus=args.replicas + 1)
-    url = launch.start(
-        args.model,
-        registry=registry,
-        adapters=_pairs(args.adapter or [], "--adapter"),
-        host=args.host,
-        port=args.port,
-        replicas=args.replicas,
-        gpus_per_replica=args.gpus,
-        threads=args.threads,
-    )
-    output.result({"url": url, "pid": os.getpid()}, f"serving at {url}/v1 (Ctrl-C stops it)")
-    try:
-        signal.pause()
-    except KeyboardInterrupt:
-        output.note("stopping")
-    finally:
-        launch.stop()
-    return EXIT_OK
 
 
 def registry_list(args: argparse.Namespace, output: Output) -> int:
@@ -267,16 +214,3 @@ def _config(args: argparse.Namespace, flags: dict[str, Any]) -> RunConfig:
 
     given = {key: value for key, value in flags.items() if value is not None}
     return build_config(Path(args.config) if args.config else None, flags=given, sets=args.set)
-
-
-def _pairs(items: list[str], option: str) -> dict[str, Path]:
-    """``NAME=PATH`` options as a dict."""
-    pairs: dict[str, Path] = {}
-    for item in items:
-        name, equals, path = item.partition("=")
-        if not equals or not name or not path:
-            raise UserError(f"'{item}' is not NAME=PATH", where=option)
-        if name in pairs:
-            raise UserError(f"'{name}' is named twice", where=option)
-        pairs[name] = Path(path)
-    return pairs

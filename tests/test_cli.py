@@ -55,7 +55,8 @@ def test_every_verb_has_an_example_that_parses(path: tuple[str, ...]) -> None:
 def commands_in(markdown: str) -> list[list[str]]:
     """The qwen-ray commands of a page's code blocks."""
     blocks = re.findall(r"```\n(.*?)```", markdown, flags=re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    whole = [re.sub(r"\\\n\s*", "", block) for block in blocks]  # a line that goes on
+    lines = [line.split("#")[0].strip() for block in whole for line in block.splitlines()]
     return [shlex.split(line)[1:] for line in lines if line.startswith("qwen-ray ")]
 
 

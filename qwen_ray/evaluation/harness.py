@@ -43,8 +43,11 @@ def evaluate(
     metadata = {"data_dir": str(data_dir)} if data_dir else {}
     manager = TaskManager(include_path=str(suite.folder), include_defaults=False, metadata=metadata)
     tasks = [task for category in suite.categories for task in category.tasks]
-    # It would note the git commit of whatever folder this runs in, and complain where there is none.
-    with patch("lm_eval.evaluator.get_git_commit_hash", return_value=None):
+    # It would note the git commit of whatever folder this runs in, and spend seconds on facts of the machine.
+    with (
+        patch("lm_eval.evaluator.get_git_commit_hash", return_value=None),
+        patch("lm_eval.evaluator.add_env_info"),
+    ):
         results = lm_eval.simple_evaluate(
             model=lm,
             tasks=tasks,

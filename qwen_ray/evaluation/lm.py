@@ -5,7 +5,8 @@ lm-eval hands a model (context, continuation) pairs. :class:`QwenRayLM` tokenise
 (:class:`EndpointBackend`, ``POST /v1/score``) or in this process (:class:`EngineBackend`).
 
 ``python -m qwen_ray.evaluation.lm run --model qwen-ray --model_args base_url=...,model=... --tasks ...``
-is lm-eval's own command line with this model class registered.
+is lm-eval's own command line with this model class registered. An API key comes from ``api_key=`` or, out of
+the sight of other users of the machine, from $QWEN_RAY_API_KEY.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class QwenRayLM(LM):
         """The text that follows each context, up to its ``until`` strings."""
         from lm_eval.models.utils import postprocess_generated_text
 
-        encoded = self._encode([request.args[0] for request in requests])
+        encoded = self._encode_prompts([request.args[0] for request in requests])
         groups: dict[Sampling, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(self._sampling(request.args[1]), []).append(i)
@@ -165,6 +166,9 @@ class QwenRayLM(LM):
             if group:
                 ids.update(zip(group, self.backend.encode(group, special=special), strict=True))
         return [ids[text] for text in texts]
+
+    def _encode_prompts(self, texts: Sequence[str]) -> list[Ids]:
+        return self._encode(texts)
 
     def _encode_pairs(self, texts: Sequence[tuple[str, str]]) -> list[Pair]:
         """As TemplateLM._encode_pair: spaces at the context's end go to the continuation."""

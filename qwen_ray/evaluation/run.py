@@ -16,14 +16,24 @@ if TYPE_CHECKING:
 
 
 def evaluate_endpoint(
-    url: str, model: str, suite: str, *, out: Path, api_key: str | None = None, **settings: Any
+    url: str,
+    model: str,
+    suite: str,
+    *,
+    out: Path,
+    api_key: str | None = None,
+    concurrency: int = 4,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Benchmark ``model``, an id that the server at ``url`` lists. ``settings`` as :func:`evaluate` takes."""
+    """Benchmark ``model``, an id of the server at ``url``. ``settings`` as :func:`evaluate` takes.
+
+    For many models at once see :func:`qwen_ray.evaluation.many.evaluate_many`.
+    """
     from qwen_ray.evaluation.lm import QwenRayLM
     from qwen_ray.serving.backends import EndpointBackend
 
     chosen = suites.load(suite)
-    backend = EndpointBackend(url, model, api_key)
+    backend = EndpointBackend(url, model, api_key, concurrency)
     try:
         base, _, adapter = model.partition(":")
         result = evaluate(chosen, QwenRayLM(backend), model=base, adapter=adapter or None, **settings)

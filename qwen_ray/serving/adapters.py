@@ -1,27 +1,36 @@
-"""Which adapters exist, which are in memory, and which are in use.
+"""Which adapters are in memory, and which are in use.
 
-A name is looked up in the folders given at start, then in the registry; nothing else is ever opened. An
-adapter is loaded when it is first asked for and dropped, least recently used first, when the resident ones
-pass a limit in bytes; one that a request is using is never dropped.
+An adapter is loaded when it is first asked for, or at start if it is pinned, and dropped, least recently used
+first, when the loaded ones pass a limit in bytes; one that a request is using, or that is pinned, is never
+dropped. Disk work runs on threads: a slow load holds up nobody who does not ask for it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from qwen_ray.errors import UserError, did_you_mean
-from qwen_ray.registry import NAME, PRODUCTION, AdapterVersion, Registry
-from qwen_ray.serving.lora_weights import LoraWeights
-from qwen_ray.serving.model_id import AUTO, ModelId
+from qwen_ray.errors import UserError
+from qwen_ray.registry import Registry
+from qwen_ray.serving.catalog import RETRY_SECONDS, Catalog, Found, settled, unreachable
+from qwen_ray.serving.lora_weights import LoraWeights, check_size
+from qwen_ray.serving.model_id import ModelId, parse
+
+log = logging.getLogger(__name__)
 
 DEFAULT_BYTES = 2 * 2**30
+SWAP_SECONDS = 2.0  # where an alias has moved, the version it meant before answers from then on until it can
+LOAD_SECONDS = 60.0
+_THREADS = 4
 
 
 class Host(Protocol):
@@ -41,14 +50,45 @@ class Use:
     name: str | None = None
 
 
-@dataclass
-class _Resident:
-    nbytes: int
+@dataclass(eq=False)
+class _Entry:
+    """An adapter that is loaded or being loaded. ``ready`` ends with the load."""
+
+    found: Found
+    use: Use
+    ready: Future[None] = field(default_factory=Future)
+    started: float = field(default_factory=time.monotonic)
+    nbytes: int = 0
     users: int = 0
 
 
+class Lease:
+    """An adapter, in memory from the block's start to its end: ``async with store.use(model) as used``."""
+
+    def __init__(self, store: AdapterStore, model: ModelId) -> None:
+        self._store, self._model = store, model
+        self._entry: _Entry | None = None
+
+    async def __aenter__(self) -> Use:
+        if self._model.adapter is None:
+            return Use()
+        self._entry = await self._store._acquire(self._model.adapter, self._model.at)
+        return self._entry.use
+
+    async def __aexit__(self, *_: object) -> None:
+        self.__exit__()
+
+    def __enter__(self) -> Use:
+        """The same on a thread that has no event loop."""
+        return asyncio.run(self.__aenter__())
+
+    def __exit__(self, *_: object) -> None:
+        if self._entry is not None:
+            self._store._release(self._entry)
+
+
 class AdapterStore:
-    """Loads adapters into an engine on demand. Safe to use from several threads."""
+    """Loads adapters into an engine on demand. Safe to use from several threads and event loops."""
 
     def __init__(
         self,
@@ -59,118 +99,147 @@ class AdapterStore:
         max_bytes: int = DEFAULT_BYTES,
         on_model: Callable[[Callable[[], Any]], Any] | None = None,
     ) -> None:
-        """``on_model(fn)`` runs ``fn`` where the model may be changed (the scheduler's thread) and waits."""
-        self._host, self._registry, self._max_bytes = host, registry, max_bytes
-        self._folders = {name: checked_folder(name, Path(folder)) for name, folder in (folders or {}).items()}
-        self._on_model = on_model or (lambda fn: fn())
-        self._resident: OrderedDict[str, _Resident] = OrderedDict()
-        # One lock: loads are rare and short, and two requests for one adapter must not load it twice.
-        self._lock = threading.Lock()
+        """``max_bytes``: of all loaded adapters, and so of any one. ``on_model(fn)`` runs ``fn`` where the
+        model may be changed (the scheduler's thread) and waits."""
+        self._host, self._max_bytes = host, max_bytes
+        # An engine may have so many places only (vLLM reserves memory for each at its start).
+        self._places: int | None = getattr(host, "max_adapters", None)
+        self._catalog = Catalog(registry=registry, folders=folders)
+        self.available, self.listing = self._catalog.available, self._catalog.listing
+        self._on_model = on_model or self._one_at_a_time
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # by Found.key, least recently used first
+        self._answered: dict[tuple[str, str | None], Found] = {}
+        self._pinned: set[tuple[str, str | None]] = set()
+        self._loads = 0
+        self._lock = threading.Lock()  # held for bookkeeping only
+        self._changing = threading.Lock()
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="adapters")
 
-    @contextmanager
-    def use(self, model: ModelId) -> Iterator[Use]:
-        """The adapter of a parsed model id, resident until the block ends.
+    def use(self, model: ModelId) -> Lease:
+        """The adapter of a parsed model id, to be held in a block.
 
-        Raises :class:`UserError`: 404 unknown, 409 damaged, unsupported or trained on another base.
+        Entering raises :class:`UserError`: 404 unknown, 409 damaged, too large, unsupported or trained on
+        another base, 503 not in memory while the registry cannot be read.
         """
-        if model.adapter is None:
-            yield Use()
-            return
-        used, folder, root = self._locate(model.adapter, model.at)
-        key = str(used.key)
-        with self._lock:
-            entry = self._resident.get(key) or self._load(key, folder, root)
-            entry.users += 1
-            self._resident.move_to_end(key)
-        try:
-            yield used
-        finally:
-            with self._lock:
-                entry.users -= 1
-                self._evict()
+        return Lease(self, model)
 
-    def _locate(self, name: str, at: str | None) -> tuple[Use, Path, Path | None]:
-        """(engine's key and name, folder, root that the files may not leave)."""
-        if name in self._folders:
-            if at is not None:
-                raise UserError(
-                    f"adapter '{name}' is a folder without versions", fix=f"leave out '@{at}'", status=404
-                )
-            folder = self._folders[name]
-            return Use(f"{name}@{folder}", name), folder, None
-        if self._registry is None:
-            fix = did_you_mean(name, self._folders) if self._folders else "this server has no adapters"
-            raise UserError(f"unknown adapter '{name}'", fix=fix, status=404)
-        found = self._registry.resolve(name, at)
-        # The path is part of the key: the same name and version under another root is another adapter.
-        return Use(f"{found.ref}@{found.path}", found.ref), found.path, self._registry.root
-
-    def _load(self, key: str, folder: Path, root: Path | None) -> _Resident:
-        self._host.check_lineage(folder)
-        weights = self._host.read_adapter(folder, within=root)
-        self._evict(room_for=weights.nbytes)
-        nbytes = self._on_model(lambda: self._host.add_adapter(key, weights))
-        entry = self._resident[key] = _Resident(nbytes)
-        return entry
-
-    def _evict(self, room_for: int = 0) -> None:
-        """Drop unused adapters, oldest first, until the rest and ``room_for`` more fit."""
-        total = room_for + sum(entry.nbytes for entry in self._resident.values())
-        for key, entry in list(self._resident.items()):
-            if total <= self._max_bytes:
-                return
-            if entry.users == 0:
-                del self._resident[key]
-                self._on_model(partial(self._host.remove_adapter, key))
-                total -= entry.nbytes
+    def pin(self, names: Iterable[str]) -> None:
+        """Load ``NAME`` or ``NAME@VERSION`` and never drop it. Waits; one that cannot be loaded is logged,
+        and loaded when it is asked for and can be."""
+        for name in names:
+            model = parse(f"base:{name}")
+            assert model.adapter is not None
+            self._pinned.add((model.adapter, model.at))
+            try:
+                entry = self._hold(self._catalog.look_up(model.adapter, model.at))
+                try:
+                    entry.ready.result()
+                finally:
+                    self._release(entry)
+            except UserError as e:
+                log.error("pinned adapter '%s' is not loaded: %s", name, e)
 
     @property
-    def resident(self) -> list[str]:
-        """Keys in memory, least recently used first."""
+    def resident(self) -> list[Use]:
+        """What is in memory, least recently used first."""
         with self._lock:
-            return list(self._resident)
+            return [entry.use for entry in self._entries.values() if entry.ready.done()]
 
-    def available(self, fingerprint: str = "") -> list[tuple[str, dict[str, Any]]]:
-        """(id after the base and colon, facts) of what can be asked for now.
+    async def _acquire(self, name: str, at: str | None) -> _Entry:
+        found = self._catalog.remembered(name, at)
+        if found is None or not found.fixed or found.key not in self._entries:
+            found, current = await self._catalog.find(name, at)
+            if not current and found.key not in self._entries:
+                raise unreachable()
+        entry = self._hold(found)
+        try:
+            before = self._answered.get((name, at))
+            if before is not None and before != found:
+                left = entry.started + SWAP_SECONDS - time.monotonic()
+                loaded = await settled(entry.ready, left)
+                if not loaded and (old := self._hold_loaded(before)) is not None:
+                    self._release(entry)
+                    return old
+            if not await settled(entry.ready, LOAD_SECONDS):
+                raise UserError(
+                    f"adapter '{found.name}' is still being loaded", status=503, retry_after=RETRY_SECONDS
+                )
+            entry.ready.result()
+        except BaseException:
+            self._release(entry)
+            raise
+        self._answered[name, at] = found
+        return entry
 
-        A registry may hold adapters of several base models; with ``fingerprint`` only that one's are listed.
-        """
-        out: list[tuple[str, dict[str, Any]]] = [
-            (name, {"source": "folder"}) for name in sorted(self._folders)
-        ]
-        if self._registry is None:
-            return out
-        for name in self._registry.names():
-            if name in self._folders or name == AUTO:
-                continue
-            aliases = self._registry.aliases(name)
-            for version in self._registry.versions(name):
-                facts = _facts(self._registry.get(name, version), aliases)
-                if fingerprint and (facts["base"] or {}).get("fingerprint") != fingerprint:
-                    continue
-                if aliases.get(PRODUCTION) == version:
-                    out.append((name, facts))
-                out.append((f"{name}@{version}", facts))
-        return out
+    def _hold(self, found: Found) -> _Entry:
+        """The entry with one more user; loading starts if there is none."""
+        with self._lock:
+            entry = self._entries.get(found.key)
+            if entry is None:
+                # A key of its own for each load: what is being dropped is never taken for what comes.
+                self._loads += 1
+                entry = _Entry(found, Use(f"{found.key}#{self._loads}", found.name))
+                self._entries[found.key] = entry
+                entry.ready = self._threads.submit(self._load, entry)
+            entry.users += 1
+            self._entries.move_to_end(found.key)
+            return entry
 
+    def _hold_loaded(self, found: Found) -> _Entry | None:
+        with self._lock:
+            entry = self._entries.get(found.key)
+            if entry is None or not entry.ready.done():
+                return None
+            entry.users += 1
+            return entry
 
-def _facts(adapter: AdapterVersion, aliases: dict[str, int]) -> dict[str, Any]:
-    lineage = adapter.lineage
-    return {
-        "source": "registry",
-        "version": adapter.version,
-        "aliases": sorted(alias for alias, version in aliases.items() if version == adapter.version),
-        "base": lineage.get("base"),
-        "parent": lineage.get("parent"),
-        "run": lineage.get("run"),
-    }
+    def _release(self, entry: _Entry) -> None:
+        with self._lock:
+            entry.users -= 1
+            dropped = self._over()
+        if dropped:
+            self._threads.submit(self._drop, dropped)
 
+    def _load(self, entry: _Entry) -> None:
+        found = entry.found
+        try:
+            self._host.check_lineage(found.folder)
+            check_size(found.folder, self._max_bytes, within=found.root)
+            weights = self._host.read_adapter(found.folder, within=found.root)
+            with self._lock:
+                entry.nbytes = weights.nbytes
+                dropped = self._over()
+            self._drop(dropped)
+            assert entry.use.key is not None
+            nbytes = self._on_model(partial(self._host.add_adapter, entry.use.key, weights))
+            with self._lock:
+                entry.nbytes = nbytes
+        except BaseException as e:
+            with self._lock:
+                del self._entries[found.key]
+            if found.root is not None and not self._catalog.reachable:
+                raise unreachable() from e
+            raise
 
-def checked_folder(name: str, folder: Path) -> Path:
-    if not NAME.fullmatch(name) or name == AUTO:
-        raise UserError(
-            f"'{name}' cannot be the name of an adapter", where=str(folder), fix="like 'geography-2'"
-        )
-    if not folder.is_dir():
-        raise UserError("no such adapter folder", where=str(folder), fix="check the path")
-    return folder.resolve()
+    def _one_at_a_time(self, change: Callable[[], Any]) -> Any:
+        with self._changing:
+            return change()
+
+    def _over(self) -> list[_Entry]:
+        """Take out unused entries, oldest first, until the rest fits."""
+        read = [entry for entry in self._entries.values() if entry.nbytes]
+        count, total = len(read), sum(entry.nbytes for entry in read)
+        kept = {self._catalog.remembered(*pinned) for pinned in self._pinned}
+        dropped = []
+        for entry in read:
+            if total <= self._max_bytes and (self._places is None or count <= self._places):
+                break
+            if entry.users == 0 and entry.ready.done() and entry.found not in kept:
+                dropped.append(self._entries.pop(entry.found.key))
+                total, count = total - entry.nbytes, count - 1
+        return dropped
+
+    def _drop(self, entries: Iterable[_Entry]) -> None:
+        for entry in entries:
+            assert entry.use.key is not None
+            self._on_model(partial(self._host.remove_adapter, entry.use.key))

@@ -1,22 +1,37 @@
-"""The HTTP side: OpenAI's routes, lm-eval's tokenizer routes and ``/v1/score``, over any service.
+"""The HTTP side, over any service: OpenAI's routes, lm-eval's tokenizer routes, ``/v1/score``, ``/metrics``.
 
 :func:`create_app` knows a service only by ``call`` and ``stream``: a Ray Serve handle in production, the
-service itself in tests. Cross-origin requests are not allowed, and nothing here reads files.
+service itself in tests. Nothing here reads files but the keys'.
 """
 
 # No `from __future__ import annotations`: FastAPI resolves the annotations of the routes below, which are
 # local functions.
+import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, Protocol
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import Depends, FastAPI, Request
+from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from qwen_ray import __version__
+from qwen_ray.serving import openapi
+from qwen_ray.serving.auth import KeyFile, check_origins
+from qwen_ray.serving.gate import METRICS, RECORD, Gate, Record
+from qwen_ray.serving.http_errors import (
+    MODEL_NOT_FOUND,
+    add_error_handlers,
+    error_body,
+    error_response,
+    json_only,
+)
+from qwen_ray.serving.limits import Admission, Limits
+from qwen_ray.serving.metrics import CONTENT_TYPE, Metrics
+from qwen_ray.serving.playground import add_playground
 from qwen_ray.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -25,148 +40,203 @@ from qwen_ray.serving.protocol import (
     ScoreRequest,
     TokenizeRequest,
 )
+from qwen_ray.serving.usage import usages
 
-MAX_BODY_BYTES = 32 * 2**20
+_METRICS_SECONDS = 1.0  # waited for a replica's own figures
+
+Envelope = dict[str, Any]
 
 
 class Client(Protocol):
-    """What the routes need; see :class:`qwen_ray.serving.service.Service` for the envelopes."""
+    """What the routes need; see :class:`qwen_ray.serving.service.Service` for the envelopes. A call that is
+    cancelled and a stream that is closed stop the work for them."""
 
-    def call(self, method: str, body: Any = None) -> Awaitable[dict[str, Any]]: ...
+    def call(self, method: str, body: Any = None) -> Awaitable[Envelope]: ...
 
-    def stream(self, method: str, body: Any) -> AsyncIterator[dict[str, Any]]: ...
+    def stream(self, method: str, body: Any) -> AsyncIterator[Envelope]: ...
 
 
-def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
-    """An error in OpenAI's shape."""
-    kind = {404: "not_found_error", 503: "overloaded_error"}.get(
-        status, "invalid_request_error" if status < 500 else "server_error"
+def create_app(
+    client: Client, *, keys: KeyFile | None = None, limits: Limits | None = None, cors: Sequence[str] = ()
+) -> FastAPI:
+    """The ASGI application over ``client``.
+
+    ``keys``: who may use it; None: everybody (see :func:`qwen_ray.serving.auth.check_exposure`). ``cors``:
+    origins, such as ``https://notes.example``, whose pages may use it. :class:`UserError` for one that is
+    not an origin.
+    """
+    check_origins(cors)
+    limits = limits or Limits()
+    admission = Admission(limits)
+    metrics = Metrics(in_flight=lambda: admission.running)
+    routes = _Routes(client, limits, metrics)
+    app = FastAPI(
+        title="qwen-ray", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    code = {404: "model_not_found"}.get(status)
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
-
-
-def create_app(client: Client) -> FastAPI:
-    """The ASGI application over ``client``."""
-    app = FastAPI(title="qwen-ray", version=__version__, docs_url=None, redoc_url=None)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        # With a union every member reports; the deepest location is the one that says what is wrong.
-        first = max(error.errors(), key=lambda e: len(e["loc"]))
-        param = ".".join(str(part) for part in first["loc"][1:]) or None
-        message = {"extra_forbidden": "unknown field, or one that this server does not implement"}.get(
-            first["type"], first["msg"]
+    add_error_handlers(app)
+    _add_routes(app, routes)
+    add_playground(app)
+    openapi.describe(app, secured=keys is not None)
+    app.add_middleware(
+        Gate,
+        keys=keys,
+        limits=limits,
+        admission=admission,
+        metrics=metrics,
+        routes={getattr(route, "path", "") for route in app.routes},
+    )
+    if cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
         )
-        return error_response(400, f"{param or 'body'}: {message}", param)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail))
-
-    @app.exception_handler(Exception)
-    async def failure(_: Request, error: Exception) -> JSONResponse:
-        return error_response(500, "the server failed on this request; its log says why")
-
-    app.add_middleware(_BodyLimit)
-
-    async def answer(method: str, body: Any = None) -> JSONResponse:
-        envelope = await client.call(method, body)
-        if (error := envelope.get("error")) is not None:
-            return error_response(error["status"], error["message"])
-        return JSONResponse(envelope["ok"])
-
-    async def answer_or_stream(method: str, body: CompletionRequest | ChatRequest) -> Response:
-        if not body.stream:
-            return await answer(method, body)
-        chunks = client.stream(method, body)
-        # Wait for the first token, so that what fails before it is an HTTP error and not a broken stream.
-        first = await anext(chunks, {"ok": None})
-        if (error := first.get("error")) is not None:
-            return error_response(error["status"], error["message"])
-        return StreamingResponse(_events(first, chunks), media_type="text/event-stream")
-
-    @app.get("/health")
-    async def health() -> Response:
-        return await answer("health")
-
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return await answer("models")
-
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest) -> Response:
-        return await answer_or_stream("completion", body)
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest) -> Response:
-        return await answer_or_stream("chat", body)
-
-    @app.post("/v1/score")
-    async def score(body: ScoreRequest) -> Response:
-        return await answer("score", body)
-
-    @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingsRequest) -> Response:
-        return await answer("embeddings", body)
-
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Response:
-        return await answer("tokenize", body)
-
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Response:
-        return await answer("detokenize", body)
-
-    @app.get("/tokenizer_info")
-    async def tokenizer_info() -> Response:
-        return await answer("tokenizer_info")
-
     return app
 
 
-class _BodyLimit:
-    """Refuses bodies above :data:`MAX_BODY_BYTES`, whether their length is announced or not."""
+class _Routes:
+    """Requests to the client's envelopes, and these to responses."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, client: Client, limits: Limits, metrics: Metrics) -> None:
+        self._client, self._limits, self._metrics = client, limits, metrics
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        if int(dict(scope["headers"]).get(b"content-length", b"0")) > MAX_BODY_BYTES:
-            too_large = f"the request is larger than {MAX_BODY_BYTES >> 20} MiB; send it in parts"
-            await error_response(413, too_large)(scope, receive, send)
-            return
-        read = 0
+    async def answer(self, request: Request, method: str, body: BaseModel | None = None) -> Response:
+        """The answer to one request."""
+        self._check(body)
+        envelope = await self._in_time(self._client.call(method, body), self._until())
+        self._metrics.heard(envelope)
+        if "error" in envelope:
+            return self._failure(envelope["error"])
+        record: Record = request.scope[RECORD]
+        record.answered = usages(body, envelope["ok"])
+        return JSONResponse(envelope["ok"])
 
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > MAX_BODY_BYTES:
-                raise HTTPException(413, "the request is too large; send it in parts")
-            return message
+    async def answer_or_stream(
+        self, request: Request, method: str, body: CompletionRequest | ChatRequest
+    ) -> Response:
+        if not body.stream:
+            return await self.answer(request, method, body)
+        self._check(body)
+        told = body.stream_options.include_usage
+        body.stream_options.include_usage = True  # for metrics and the key's limits
+        chunks, until = self._client.stream(method, body), self._until()
+        # Wait for the first token, so that what fails before it is an HTTP error and not a broken stream.
+        first = await self._in_time(anext(chunks, None), until)
+        if first is not None and "error" in first:
+            return self._failure(first["error"])
+        record: Record = request.scope[RECORD]
+        self._metrics.first_token(record.route, time.monotonic() - record.started)
+        events = self._events(record, body, first, chunks, until=until, tell_usage=told)
+        return StreamingResponse(events, media_type="text/event-stream")
 
-        await self._app(scope, counted, send)
+    async def metrics(self) -> bytes:
+        """Prometheus's text, after asking a replica how it is: one that is idle says nothing by itself."""
+        with contextlib.suppress(Exception):  # figures are wanted most when replicas fail
+            async with asyncio.timeout(_METRICS_SECONDS):
+                self._metrics.heard(await self._client.call("health"))
+        return self._metrics.text()
+
+    def _check(self, body: BaseModel | None) -> None:
+        if body is not None:
+            self._limits.check(body)
+
+    def _until(self) -> float:
+        return asyncio.get_running_loop().time() + self._limits.timeout_seconds
+
+    async def _in_time(self, coming: Awaitable[Any], until: float) -> Any:
+        """The envelope that is coming, or that of a time-out."""
+        try:
+            async with asyncio.timeout_at(until):
+                return await coming
+        except TimeoutError:
+            seconds = self._limits.timeout_seconds
+            return {"error": {"status": 504, "message": f"the request took longer than {seconds:g} s"}}
+
+    def _failure(self, error: dict[str, Any]) -> Response:
+        status = error["status"]
+        if status == 429:
+            self._metrics.rejected("engine")
+        code = MODEL_NOT_FOUND if status == 404 else None
+        return error_response(status, error["message"], code=code, retry_after=error.get("retry_after"))
+
+    async def _events(
+        self,
+        record: Record,
+        body: BaseModel,
+        first: Envelope | None,
+        chunks: AsyncIterator[Envelope],
+        *,
+        until: float,
+        tell_usage: bool,
+    ) -> AsyncIterator[str]:
+        """Server-sent events; an error after the first token is an event too, as OpenAI sends it."""
+        envelope, sent = first, 0
+        answer: Envelope = {}
+        try:
+            while envelope is not None:
+                self._metrics.heard(envelope)
+                if (error := envelope.get("error")) is not None:
+                    record.status = error["status"]
+                    yield _event(error_body(error["status"], error["message"]))
+                    return
+                chunk = envelope["ok"]
+                answer |= {key: chunk[key] for key in ("qwen_ray", "usage") if key in chunk}
+                if tell_usage or chunk["choices"]:
+                    sent += 1
+                    yield _event(chunk)
+                envelope = await self._in_time(anext(chunks, None), until)
+            yield "data: [DONE]\n\n"
+        finally:
+            # A client that leaves early has used what it was sent: about a token a chunk.
+            record.answered = usages(body, {"usage": {"completion_tokens": sent}} | answer)
+            if (close := getattr(chunks, "aclose", None)) is not None:
+                await close()
 
 
-async def _events(first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Server-sent events; an error after the first token is an event too, as OpenAI sends it."""
-    try:
-        if first["ok"] is not None:
-            yield _event(first["ok"])
-        async for envelope in chunks:
-            if (error := envelope.get("error")) is not None:
-                yield _event({"error": {"message": error["message"], "type": "server_error"}})
-                return
-            yield _event(envelope["ok"])
-        yield "data: [DONE]\n\n"
-    finally:
-        close = getattr(chunks, "aclose", None)
-        if close is not None:
-            await close()
+def _add_routes(app: FastAPI, routes: _Routes) -> None:
+    takes_json = [Depends(json_only)]
+
+    @app.get("/health", responses=openapi.EVERYWHERE)
+    async def health(request: Request) -> Response:
+        return await routes.answer(request, "health")
+
+    @app.get(METRICS, response_class=PlainTextResponse, responses=openapi.GUARDED)
+    async def metrics() -> Response:
+        return Response(await routes.metrics(), media_type=CONTENT_TYPE)
+
+    @app.get("/v1/models", responses=openapi.GUARDED)
+    async def models(request: Request) -> Response:
+        return await routes.answer(request, "models")
+
+    @app.post("/v1/completions", responses=openapi.STREAMED, dependencies=takes_json)
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        return await routes.answer_or_stream(request, "completion", body)
+
+    @app.post("/v1/chat/completions", responses=openapi.STREAMED, dependencies=takes_json)
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        return await routes.answer_or_stream(request, "chat", body)
+
+    @app.post("/v1/score", responses=openapi.FOR_A_MODEL, dependencies=takes_json)
+    async def score(request: Request, body: ScoreRequest) -> Response:
+        return await routes.answer(request, "score", body)
+
+    @app.post("/v1/embeddings", responses=openapi.FOR_A_MODEL, dependencies=takes_json)
+    async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
+        return await routes.answer(request, "embeddings", body)
+
+    @app.post("/tokenize", responses=openapi.TAKES_BODY, dependencies=takes_json)
+    async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+        return await routes.answer(request, "tokenize", body)
+
+    @app.post("/detokenize", responses=openapi.TAKES_BODY, dependencies=takes_json)
+    async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+        return await routes.answer(request, "detokenize", body)
+
+    @app.get("/tokenizer_info", responses=openapi.GUARDED)
+    async def tokenizer_info(request: Request) -> Response:
+        return await routes.answer(request, "tokenizer_info")
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -12,12 +12,16 @@ from typing import Any, Protocol
 
 from qwen_ray.errors import UserError
 
+NOTES = "Use these notes where they help.\n{passages}\n\n"
+"""What the model reads before a question, with the retrieved passages in it."""
+
 
 @dataclass(frozen=True)
 class Route:
     """The router's choice for one question. ``adapter`` None: it abstains, and the base answers.
 
-    ``score``: cosine similarity to what it knows, -1 to 1; ``domain``: the nearest, chosen or not.
+    ``domain``: the nearest, chosen or not. ``score``: how much nearer it is than everything else (a
+    difference of cosines); from the router's threshold on, it is chosen.
     """
 
     adapter: str | None

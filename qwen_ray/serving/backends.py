@@ -6,23 +6,30 @@ Both sides offer the same few calls (:class:`Backend`), so an evaluation does no
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qwen_ray.errors import UserError, did_you_mean
+from qwen_ray.serving.client import Client
+from qwen_ray.serving.model_id import parse
 
 if TYPE_CHECKING:
-    import httpx
     from transformers import PreTrainedTokenizerBase
 
     from qwen_ray.serving.engines.base import Engine
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 0.5  # before the first retry; doubled before each further one
+TOKENS_PER_REQUEST = 16_384
+"""Of a request for scores, contexts and continuations of all models together: minutes for 7B on a CPU."""
+PROMPTS_PER_REQUEST = 16
+CHARACTERS_PER_REQUEST = 1_000_000  # of texts to encode
 
+T = TypeVar("T")
 Ids = list[int]
+Item = tuple[Ids, list[Ids]]
+"""A context with its continuations."""
 Scored = tuple[float, bool]
 """(log-probability in nats of a whole continuation, whether each of its tokens was the likeliest)."""
 
@@ -61,9 +68,7 @@ class Backend(Protocol):
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         """A conversation as the model's chat template writes it."""
 
-    def score(
-        self, items: Sequence[tuple[Ids, list[Ids]]], progress: Callable[[int], object]
-    ) -> list[list[Scored]]:
+    def score(self, items: Sequence[Item], progress: Callable[[int], object]) -> list[list[Scored]]:
         """Scores of each context's continuations, in order; ``progress(n)`` after n more continuations."""
 
     def generate(
@@ -102,13 +107,11 @@ class EngineBackend:
             )
         )
 
-    def score(
-        self, items: Sequence[tuple[Ids, list[Ids]]], progress: Callable[[int], object]
-    ) -> list[list[Scored]]:
+    def score(self, items: Sequence[Item], progress: Callable[[int], object]) -> list[list[Scored]]:
         from qwen_ray.serving.engines.base import ScoreItem
 
         out: list[list[Scored]] = []
-        for chunk in _chunks(items, 256):
+        for chunk in chunks(items, 256):
             results = self._engine.score([ScoreItem(self._adapter, *item) for item in chunk])
             out.extend([(c.total, c.greedy) for c in result.continuations] for result in results)
             _warn_truncated(sum(result.truncated for result in results), self.info)
@@ -121,7 +124,7 @@ class EngineBackend:
         from qwen_ray.serving.engines.base import GenerateRequest
 
         out: list[str] = []
-        for chunk in _chunks(prompts, 64):
+        for chunk in chunks(prompts, 64):
             requests = [
                 GenerateRequest(
                     self._adapter,
@@ -152,48 +155,65 @@ class EndpointBackend:
         timeout: float = 600.0,
         items_per_request: int = 64,
     ) -> None:
-        """``base_url`` with or without ``/v1``. ``timeout``: seconds one request may take.
+        """Arguments as :class:`Client` takes them. ``model``: an id of the API.
 
         Raises :class:`UserError` if nothing answers or the model is unknown.
         """
-        import httpx
-
-        self._url = base_url.rstrip("/").removesuffix("/completions").removesuffix("/v1")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=concurrency)
-        self._client = httpx.Client(
-            headers=headers, timeout=httpx.Timeout(timeout, connect=10), limits=limits
-        )
-        self._model, self._concurrency, self._per_request = model, max(1, concurrency), items_per_request
-        self.info = self._preflight()
+        self.client = Client(base_url, api_key, concurrency, timeout=timeout)
+        self._model, self._per_request = model, items_per_request
+        try:
+            self.served = self.listed()
+            self.info = self._facts()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        self._client.close()
+        self.client.close()
 
-    def _preflight(self) -> Info:
-        served = {entry["id"]: entry for entry in self._call("GET", "/v1/models", attempts=1)["data"]}
-        if self._model not in served:
-            raise UserError(
-                f"the server has no model '{self._model}'",
-                where=self._url,
-                fix=did_you_mean(self._model, served),
-            )
-        facts = self._call("GET", "/tokenizer_info")
+    def listed(self) -> dict[str, dict[str, Any]]:
+        listed = self.client.request("GET", "/v1/models", attempts=1)["data"]
+        return {entry["id"]: entry for entry in listed}
+
+    def _facts(self) -> Info:
+        self.check(self._model)
+        facts = self.client.request("GET", "/tokenizer_info")
         self._special = {k: v for k, v in facts.items() if k.endswith("_token") and isinstance(v, str)}
         return Info(
             model=self._model,
-            max_length=int(served[self._model]["max_model_len"]),
+            max_length=int(self.served[self.base(self._model)]["max_model_len"]),
             tokenizer_name=str(facts.get("name_or_path", self._model)).replace("/", "__"),
             eos_token=str(facts["eos_token"]),
             bos_token=facts.get("bos_token"),
             chat_template=facts.get("chat_template"),
         )
 
+    def base(self, model: str) -> str:
+        """The id of the model that ``model`` is an adapter of; itself where the server lists it as such."""
+        base = parse(model).base
+        return base if base in self.served else model
+
+    def check(self, model: str) -> None:
+        """:class:`UserError` unless the server answers for ``model``: an id that it lists, or one that it
+        does not list and can make out, such as ``base:adapter@candidate``."""
+        if model in self.served:
+            return
+        try:
+            self.score_each([model], [([0], [[0]])])
+        except UserError as e:
+            if e.status != 404:
+                raise
+            raise UserError(
+                f"the server has no model '{model}'",
+                where=self.client.url,
+                fix=did_you_mean(model, self.served),
+            ) from e
+
     def encode(self, texts: Sequence[str], *, special: bool | None) -> list[Ids]:
         extra = {} if special is None else {"add_special_tokens": special}
-        chunks = list(_chunks(texts, 512))
-        replies = self._map(
-            lambda chunk: self._call("POST", "/tokenize", {"prompt": list(chunk), **extra}), chunks
+        replies = self.client.map(
+            lambda chunk: self.client.request("POST", "/tokenize", {"prompt": list(chunk), **extra}),
+            list(chunks(texts, 512, len, CHARACTERS_PER_REQUEST)),
         )
         return [ids for reply in replies for ids in reply["tokens"]]
 
@@ -209,95 +229,89 @@ class EndpointBackend:
         )
         return str(rendered[0])
 
-    def score(
-        self, items: Sequence[tuple[Ids, list[Ids]]], progress: Callable[[int], object]
-    ) -> list[list[Scored]]:
-        def post(chunk: Sequence[tuple[Ids, list[Ids]]]) -> list[list[Scored]]:
-            body = [{"context": context, "continuations": continuations} for context, continuations in chunk]
-            reply = self._call("POST", "/v1/score", {"model": self._model, "items": body})["items"]
-            _warn_truncated(sum(item["truncated"] for item in reply), self.info)
+    def score(self, items: Sequence[Item], progress: Callable[[int], object]) -> list[list[Scored]]:
+        def post(chunk: Sequence[Item]) -> list[list[Scored]]:
+            (reply,) = self.score_each([self._model], chunk)
+            _warn_truncated(sum(item["truncated"] for item in reply["items"]), self.info)
             progress(sum(len(continuations) for _, continuations in chunk))
-            return [list(zip(item["logprobs"], item["greedy"], strict=True)) for item in reply]
+            return [list(zip(item["logprobs"], item["greedy"], strict=True)) for item in reply["items"]]
 
-        return [
-            scored for part in self._map(post, list(_chunks(items, self._per_request))) for scored in part
-        ]
+        parts = list(chunks(items, self._per_request, tokens_of, TOKENS_PER_REQUEST))
+        return [scored for part in self.client.map(post, parts) for scored in part]
+
+    def score_each(self, models: Sequence[str], items: Sequence[Item]) -> list[dict[str, Any]]:
+        """Each model's answer (see ``POST /v1/score``) on all ``items``, in one request; in two or more
+        where the server says that it is too much for one."""
+        body: dict[str, Any] = {
+            "items": [{"context": context, "continuations": texts} for context, texts in items]
+        }
+        try:
+            if len(models) == 1:
+                return [self.client.request("POST", "/v1/score", {"model": models[0], **body})]
+            reply = self.client.request("POST", "/v1/score", {"models": list(models), **body})["models"]
+            return [reply[model] for model in models]
+        except UserError as e:
+            if e.status not in (413, 504) or len(items) == 1:
+                raise
+        half = len(items) // 2
+        first, second = self.score_each(models, items[:half]), self.score_each(models, items[half:])
+        return [_joined(a, b) for a, b in zip(first, second, strict=True)]
 
     def generate(
         self, prompts: Sequence[Ids], sampling: Sampling, progress: Callable[[int], object]
     ) -> list[str]:
         def post(chunk: Sequence[Ids]) -> list[str]:
-            body: dict[str, Any] = {
-                "model": self._model,
-                "prompt": list(chunk),
-                "max_tokens": sampling.max_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "stop": list(sampling.stop),
-            }
-            if sampling.seed is not None:
-                body["seed"] = sampling.seed
-            choices = self._call("POST", "/v1/completions", body)["choices"]
+            reply = self.complete(self._model, chunk, sampling)
             progress(len(chunk))
-            return [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+            return [choice["text"] for choice in reply["choices"]]
 
-        return [text for part in self._map(post, list(_chunks(prompts, 16))) for text in part]
+        parts = list(chunks(prompts, PROMPTS_PER_REQUEST))
+        return [text for part in self.client.map(post, parts) for text in part]
 
-    def _map(self, call: Callable[[Any], Any], chunks: list[Any]) -> list[Any]:
-        """Calls with bounded concurrency, answers in order. The first failure ends the rest."""
-        if len(chunks) < 2 or self._concurrency == 1:
-            return [call(chunk) for chunk in chunks]
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(self._concurrency) as pool:
-            futures = [pool.submit(call, chunk) for chunk in chunks]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _call(self, method: str, path: str, body: Any = None, *, attempts: int = 4) -> Any:
-        """One request; connection failures and 503 are tried again, at most ``attempts`` times in all."""
-        import time
-
-        import httpx
-
-        url = self._url + path
-        for attempt in range(attempts):
-            last = attempt + 1 == attempts
-            try:
-                reply = self._client.request(method, url, json=body)
-            except httpx.TransportError as e:
-                if last or isinstance(e, httpx.ReadTimeout):
-                    raise UserError(
-                        f"the server does not answer ({type(e).__name__}: {e})",
-                        where=url,
-                        fix="start it with `qwen-ray serve`, or check the address",
-                        status=503,
-                    ) from e
-            else:
-                if reply.status_code != 503 or last:
-                    return _checked(reply, url)
-            time.sleep(RETRY_SECONDS * 2**attempt)
-        raise AssertionError("unreachable")
+    def complete(self, model: str, prompts: Sequence[Ids], sampling: Sampling) -> dict[str, Any]:
+        """The answer of ``POST /v1/completions``, its choices in the order of ``prompts``."""
+        body: dict[str, Any] = {
+            "model": model,
+            "prompt": list(prompts),
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "stop": list(sampling.stop),
+        }
+        if sampling.seed is not None:
+            body["seed"] = sampling.seed
+        reply = dict(self.client.request("POST", "/v1/completions", body))
+        reply["choices"] = sorted(reply["choices"], key=lambda choice: choice["index"])
+        return reply
 
 
-def _checked(reply: httpx.Response, url: str) -> Any:
-    if reply.is_success:
-        return reply.json()
-    try:
-        message = reply.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = reply.text[:200]
-    if reply.status_code < 500:
-        raise UserError(f"the server refused: {message}", where=url, status=reply.status_code)
-    raise RuntimeError(f"{url}: HTTP {reply.status_code}: {message}")
+def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two answers on parts of a request as one on the whole."""
+    joined = {**first, "items": first["items"] + second["items"]}
+    if about := first.get("qwen_ray"):
+        joined["qwen_ray"] = {"prompts": about["prompts"] + second["qwen_ray"]["prompts"]}
+    return joined
 
 
-def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def chunks(
+    items: Sequence[T], most: int, size: Callable[[T], int] | None = None, total: int = 0
+) -> Iterator[Sequence[T]]:
+    """``items`` in parts of at most ``most`` and, beyond the first of a part, of a ``total`` of sizes."""
+    start = held = 0
+    for end, item in enumerate(items):
+        more = 0 if size is None else size(item)
+        if end > start and (end - start >= most or held + more > total):
+            yield items[start:end]
+            start, held = end, 0
+        held += more
+    if start < len(items):
+        yield items[start:]
+
+
+def tokens_of(item: Item) -> int:
+    """Tokens of a context and all its continuations."""
+    context, continuations = item
+    return len(context) + sum(map(len, continuations))
 
 
 def _warn_truncated(count: int, info: Info) -> None:

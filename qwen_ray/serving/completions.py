@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 from qwen_ray.errors import UserError
 from qwen_ray.serving.engines.base import (
     Alternatives,
+    EngineQueue,
     GenerateRequest,
     GenerateResult,
+    Running,
     ScoreItem,
     ScoreResult,
+    ServedEngine,
     TokenEvent,
+    prompt_item,
 )
 from qwen_ray.serving.engines.packing import check_ids
-from qwen_ray.serving.engines.torch import TorchEngine, prompt_item
 from qwen_ray.serving.protocol import ChatRequest, CompletionRequest, Message
-from qwen_ray.serving.scheduler import Generation, Scheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +99,7 @@ def _answer_lead(tokenizer: PreTrainedTokenizerBase) -> str:
 class Completions:
     """Runs plans on a scheduler. All methods belong to one event loop."""
 
-    def __init__(self, engine: TorchEngine, scheduler: Scheduler) -> None:
+    def __init__(self, engine: ServedEngine, scheduler: EngineQueue) -> None:
         self._engine, self._scheduler = engine, scheduler
         self.token_text = lru_cache(maxsize=2**17)(lambda token: str(engine.tokenizer.decode([token])))
         self._answer_lead = _answer_lead(engine.tokenizer)
@@ -291,7 +293,7 @@ class Completions:
             loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
         scored = await self._score(plan)
-        running: list[Generation] = []
+        running: list[Running] = []
         try:
             for i, request in enumerate(plan.generate):
                 generation = self._scheduler.generate(request, lambda event, i=i: tell(i, event))  # type: ignore[misc]

@@ -7,14 +7,15 @@ line uses :func:`start` and :func:`stop`.
 from __future__ import annotations
 
 import logging
-import os
+import re
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_ray.errors import UserError, did_you_mean
+from qwen_ray.errors import UserError
+from qwen_ray.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -24,165 +25,88 @@ _READY_SECONDS = 600.0  # loading a large model from a cold disk takes minutes
 # Serve holds back requests above this per replica (5 by default); ours queues and batches them itself.
 _ONGOING = 1000
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
-_REPLICA_LOST = {"error": {"status": 503, "message": "the replica with this request ended; send it again"}}
-_ARGS: dict[str, Any] = {
-    "model": None,
-    "registry": None,
-    "adapters": {},
-    "replicas": 1,
-    "cpus_per_replica": 0.5,
-    "gpus_per_replica": 0.0,
-    "threads": 1,
-    "adapter_bytes": 2 * 2**30,
+_ROUTING = {
+    "request_router_class": "qwen_ray.serving.affinity:AdapterRouter",
+    "request_routing_stats_period_s": 2.0,  # a router knows of a loaded adapter after at most so long
 }
 
 
-class EngineReplica:
-    """A replica with the model; the methods are those of :class:`qwen_ray.serving.service.Service`."""
-
-    def __init__(self, model: str, threads: int, settings: dict[str, Any]) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from transformers.utils.logging import disable_progress_bar
-
-        from qwen_ray.serving.service import Service
-
-        disable_progress_bar()
-
-        self._service = Service.load(model, threads=threads, **settings)
-
-    async def call(self, method: str, body: Any = None) -> dict[str, Any]:
-        return await self._service.call(method, body)
-
-    async def stream(self, method: str, body: Any) -> AsyncIterator[dict[str, Any]]:
-        async for envelope in self._service.stream(method, body):
-            yield envelope
-
-    def check_health(self) -> None:
-        """Called by Serve, which replaces a replica that raises."""
-        if not self._service.scheduler.alive:
-            raise RuntimeError("the model's thread has ended")
-
-
-class _HandleClient:
-    """The ingress's view of the replicas."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle, self._streams = handle, handle.options(stream=True)
-
-    async def call(self, method: str, body: Any = None) -> dict[str, Any]:
-        from ray.exceptions import RayActorError
-
-        try:
-            return dict(await self._handle.call.remote(method, body))
-        except RayActorError:
-            return _REPLICA_LOST
-
-    async def stream(self, method: str, body: Any) -> AsyncIterator[dict[str, Any]]:
-        from ray.exceptions import RayActorError
-
-        chunks = self._streams.stream.remote(method, body)
-        try:
-            async for envelope in chunks:
-                yield envelope
-        except RayActorError:
-            yield _REPLICA_LOST
-        finally:
-            chunks.cancel()  # nothing, if it has ended; else the client went away
-
-
-class Ingress:
-    """Routes HTTP to the replicas."""
-
-    def __init__(self, engine: Any) -> None:
-        self._client = _HandleClient(engine)
-
-    def __serve_build_asgi_app__(self) -> Any:
-        from qwen_ray.serving.app import create_app
-
-        return create_app(self._client)
-
-
 def build(args: Mapping[str, Any]) -> Application:
-    """The Serve application. ``args``: ``model``, and optionally those of :func:`start` by name.
+    """The Serve application. ``args``: those of :class:`~qwen_ray.serving.settings.ServeSettings`; only the
+    model is needed.
 
-    Raises :class:`UserError` for an unknown argument, model or folder before anything is deployed.
+    Raises :class:`UserError` for an unknown argument, model, adapter or file before anything is deployed.
     """
     from ray import serve
 
-    from qwen_ray import models
-    from qwen_ray.serving.adapters import checked_folder
+    from qwen_ray.serving import replicas
 
-    for key in args:
-        if key not in _ARGS:
-            raise UserError(f"unknown argument '{key}'", where="serve", fix=did_you_mean(key, _ARGS))
-    values = _ARGS | dict(args)
-    if not values["model"]:
-        raise UserError("no model is named", where="serve", fix="model: tiny")
-    ref = models.resolve(str(values["model"]))
-    adapters = {
-        name: checked_folder(name, Path(folder)) for name, folder in (values["adapters"] or {}).items()
-    }
-    registry = values["registry"]
-    settings = {
-        "registry": None if registry is None else Path(registry).expanduser().resolve(),
-        "adapters": adapters,
-        "adapter_bytes": int(values["adapter_bytes"]),
-    }
+    settings = _checked(ServeSettings.of(args))
+    common = {"max_ongoing_requests": _ONGOING, "logging_config": _QUIET}
+    resources = {"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica}
+    scaling = settings.autoscaling
     engine = serve.deployment(
-        EngineReplica,
+        replicas.EngineReplica,
         name="engine",
-        num_replicas=int(values["replicas"]),
-        max_ongoing_requests=_ONGOING,
-        logging_config=_QUIET,
-        ray_actor_options={
-            "num_cpus": float(values["cpus_per_replica"]),
-            "num_gpus": float(values["gpus_per_replica"]),
-        },
+        num_replicas=settings.replicas if scaling is None else None,
+        autoscaling_config=None if scaling is None else scaling.model_dump(),
+        ray_actor_options=resources,
+        request_router_config=_ROUTING,
+        **common,
     )
     ingress = serve.deployment(
-        serve.ingress()(Ingress),
-        name="ingress",
-        max_ongoing_requests=_ONGOING,
-        logging_config=_QUIET,
-        ray_actor_options={"num_cpus": 0},
+        serve.ingress()(replicas.Ingress), name="ingress", ray_actor_options={"num_cpus": 0}, **common
     )
+    assistant = None
+    if settings.assisted:
+        assistant = serve.deployment(
+            replicas.AssistantReplica, name="assistant", ray_actor_options={"num_cpus": 0}, **common
+        ).bind(settings)
+    return ingress.bind(engine.bind(settings, assistant), settings)
+
+
+def _checked(settings: ServeSettings) -> ServeSettings:
+    """With what replicas will look for looked for here, as far as this machine can tell."""
+    from qwen_ray import models
+    from qwen_ray.registry import Registry
+    from qwen_ray.serving.auth import KeyFile, check_origins
+    from qwen_ray.serving.catalog import Catalog
+    from qwen_ray.serving.model_id import parse
+
+    ref = models.resolve(settings.model)
+    catalog = Catalog(
+        registry=Registry(settings.registry) if settings.registry else None, folders=settings.adapters
+    )
+    for name in settings.pinned:
+        model = parse(f"{ref.id}:{name}")
+        try:
+            catalog.look_up(str(model.adapter), model.at)
+        except UserError as e:
+            if e.status != 503:  # a registry that this machine does not have, or not now
+                raise UserError(e.what, where="pinned", fix=e.fix) from None
+    if settings.keys:
+        KeyFile(settings.keys)
+    check_origins(settings.cors)
+    if settings.router:
+        from qwen_ray.routing.router import Router
+
+        Router.load(settings.router)
     # An alias or hub id is passed on as it is; a folder by its full path, as replicas start elsewhere.
-    name = ref.location if Path(str(values["model"])).expanduser().is_dir() else str(values["model"])
-    return ingress.bind(engine.bind(name, int(values["threads"]), settings))
+    folder = Path(settings.model).expanduser().is_dir()
+    return settings.model_copy(
+        update={"model": ref.location if folder else settings.model, "adapters": catalog.folders}
+    )
 
 
-def start(
-    model: str,
-    *,
-    registry: Path | None = None,
-    adapters: Mapping[str, Path] | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    replicas: int = 1,
-    cpus_per_replica: float = 0.5,
-    gpus_per_replica: float = 0.0,
-    threads: int = 1,
-) -> str:
+def start(model: str, *, host: str = "127.0.0.1", port: int = 8000, **settings: Any) -> str:
     """Serve ``model`` on the connected Ray cluster; returns the base URL once ``/health`` answers.
 
-    ``registry``: adapters by name and version. ``adapters``: PEFT folders by name, without versions.
-    ``cpus_per_replica``, ``gpus_per_replica``: reserved in Ray; a replica that has a GPU computes on it.
-    ``threads``: torch threads of each replica.
-    ``port`` 0 takes a free one. Raises :class:`UserError` if the port is taken or the model is unknown.
+    ``settings``: the other arguments of :func:`build`. ``port`` 0 takes a free one. Raises
+    :class:`UserError` if the port is taken or a setting is wrong.
     """
     from ray import serve
 
-    app = build(
-        {
-            "model": model,
-            "registry": registry,
-            "adapters": dict(adapters or {}),
-            "replicas": replicas,
-            "cpus_per_replica": cpus_per_replica,
-            "gpus_per_replica": gpus_per_replica,
-            "threads": threads,
-        }
-    )
+    app = build({"model": model, **settings})
     port = free_port(host, port)
     if serve.status().proxies:
         raise UserError("a server already runs on this Ray cluster", fix="stop it first (`serve shutdown`)")
@@ -192,10 +116,25 @@ def start(
         serve.run(app, name=APP, route_prefix="/")
         url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         _wait_until_healthy(url)
-    except BaseException:
+    except BaseException as e:
+        refusal = _refusal() if isinstance(e, RuntimeError) else None
         stop()
+        if refusal is not None:
+            raise refusal from None
         raise
     return url
+
+
+def _refusal() -> UserError | None:
+    """Why a replica could not start, where that is the user's to mend. Serve keeps the text only."""
+    from ray import serve
+
+    application = serve.status().applications.get(APP)
+    for deployment in application.deployments.values() if application else ():
+        found = re.search(r"errors\.UserError: (.+)(?:\n\s+fix: (.+))?", deployment.message)
+        if found:
+            return UserError(found[1], fix=found[2] or "")
+    return None
 
 
 def stop() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,34 +129,57 @@ def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
             raise UserError(f"'{key}' is missing or not a positive number", where=where, status=409)
 
 
+def check_size(folder: Path, largest: int, *, within: Path | None = None) -> None:
+    """Refuse an adapter that would take more than ``largest`` bytes of memory; only its header is read."""
+    path = folder / WEIGHTS
+    _check_inside(path, within)
+    if not path.is_file():
+        return  # read_lora says what is there instead
+    with _opened(path) as f:
+        size = sum(4 * math.prod(f.get_slice(key).get_shape()) for key in f.keys())  # noqa: SIM118
+    if size > largest:
+        raise UserError(
+            f"the adapter takes {size / 2**20:,.1f} MiB in memory, of {largest / 2**20:,.1f} MiB for all",
+            where=str(path),
+            fix="train it with a lower rank or fewer target modules, or serve with more adapter_bytes",
+            status=409,
+        )
+
+
 def _read_tensors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    with _opened(path) as f:
+        for key in f.keys():  # noqa: SIM118 - not a dict
+            match = _KEY.fullmatch(key)
+            if match is None:
+                raise UserError(
+                    f"'{key}' is not a LoRA matrix of a linear layer",
+                    where=str(path),
+                    fix="save it with save_embedding_layers=False if only LoRA was trained, or " + _MERGE,
+                    status=409,
+                )
+            tensor = f.get_tensor(key).float()
+            # A single NaN would spread to every row of a shared batch.
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"'{key}' holds NaN or infinity", where=str(path), fix="train it again", status=409
+                )
+            halves.setdefault(match[1], {})[match[2]] = tensor
+    return halves
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
-    halves: dict[str, dict[str, torch.Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as f:
-            for key in f.keys():  # noqa: SIM118 - not a dict
-                match = _KEY.fullmatch(key)
-                if match is None:
-                    raise UserError(
-                        f"'{key}' is not a LoRA matrix of a linear layer",
-                        where=str(path),
-                        fix="save it with save_embedding_layers=False if only LoRA was trained, or " + _MERGE,
-                        status=409,
-                    )
-                tensor = f.get_tensor(key).float()
-                # A single NaN would spread to every row of a shared batch.
-                if not torch.isfinite(tensor).all():
-                    raise UserError(
-                        f"'{key}' holds NaN or infinity", where=str(path), fix="train it again", status=409
-                    )
-                halves.setdefault(match[1], {})[match[2]] = tensor
+            yield f
     except (SafetensorError, OSError, json.JSONDecodeError) as e:
         reason = str(e).splitlines()[0][:200]
         raise UserError(
             f"damaged adapter file ({reason})", where=str(path), fix="copy or train it again", status=409
         ) from e
-    return halves
 
 
 def _pattern(config: dict[str, Any], patterns: str, default: str, module: str) -> Any:

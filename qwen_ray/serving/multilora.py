@@ -14,7 +14,7 @@ owns the model.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -127,8 +127,9 @@ class LoraLinear(nn.Module):
 class MultiLora:
     """The adapters resident on ``model``, which stays frozen and whole for rows that select none."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, *, on_remove: Callable[[str], object] | None = None) -> None:
+        """``on_remove(key)`` is told when an adapter goes or is replaced: what it computed is void."""
+        self.model, self._on_remove = model, on_remove
         self.selection: _Selection | None = None
         self._adapters: dict[str, LoraWeights] = {}
         self._packs: OrderedDict[tuple[str, ...], _Pack] = OrderedDict()
@@ -165,6 +166,8 @@ class MultiLora:
         self._adapters.pop(key, None)
         for keys in [k for k in self._packs if key in k]:
             del self._packs[keys]
+        if self._on_remove is not None:
+            self._on_remove(key)
 
     def _linear(
         self, name: str, pair: tuple[torch.Tensor, torch.Tensor], where: str

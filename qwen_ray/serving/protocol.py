@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qwen_ray.serving.engines.base import MAX_TOP
 
@@ -29,7 +29,23 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
 }
 
+_MAX_FIELDS = 100  # of one object; the largest request has 20
+
+
+def _unicode(text: str) -> str:
+    """JSON can carry half of a surrogate pair, a tokenizer cannot. Pydantic sees it where a length is set."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("not Unicode text: it has half of a surrogate pair") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 TokenId = Annotated[int, Field(ge=0)]
+# A long list ends at its first mistake: an error object for each element would take gigabytes.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+SomeTokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -42,6 +58,8 @@ class _Request(BaseModel):
         """A null means the default; so does a neutral value of a field that is not served."""
         if not isinstance(data, dict):
             return data
+        if len(data) > _MAX_FIELDS:
+            raise ValueError(f"more than {_MAX_FIELDS} fields")
         return {
             key: value
             for key, value in data.items()
@@ -60,11 +78,13 @@ class _Sampling(_Request):
     top_p: float = Field(1.0, gt=0, le=1)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     seed: Seed | None = None
-    stop: list[Annotated[str, Field(max_length=1000)]] = Field(default_factory=list, max_length=MAX_STOPS)
+    stop: list[Annotated[str, Field(max_length=1000)]] = Field(
+        default_factory=list, max_length=MAX_STOPS, fail_fast=True
+    )
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
@@ -74,10 +94,10 @@ class CompletionRequest(_Sampling):
     """``POST /v1/completions``. ``logprobs`` k: k alternatives a token; with ``echo`` also of the prompt."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_PROMPTS)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | SomeTokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     max_tokens: int = Field(16, ge=0)
     echo: bool = False
@@ -86,15 +106,15 @@ class CompletionRequest(_Sampling):
 
 class TextPart(_Request):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Request):
     role: str = Field(min_length=1, max_length=64)
-    content: str = ""
+    content: Text = ""
     name: str | None = None
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
     @classmethod
     def _joined(cls, value: Any) -> Any:
         """Content may come as a list of text parts; other kinds of part are refused."""
@@ -106,7 +126,7 @@ class Message(_Request):
 class ChatRequest(_Sampling):
     """``POST /v1/chat/completions``. ``top_logprobs`` needs ``logprobs``."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_PROMPTS)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -114,16 +134,18 @@ class ChatRequest(_Sampling):
 
 
 class ScoreItemBody(_Request):
-    context: list[TokenId] = Field(min_length=1)
-    continuations: list[list[TokenId]] = Field(min_length=1, max_length=MAX_ITEMS)
+    context: SomeTokenIds
+    continuations: list[TokenIds] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
 
 
 class ScoreRequest(_Request):
     """``POST /v1/score``: token ids in, one log-probability a continuation out, of one or several models."""
 
     model: str | None = Field(None, max_length=200)
-    models: list[Annotated[str, Field(max_length=200)]] = Field(default_factory=list, max_length=MAX_MODELS)
-    items: list[ScoreItemBody] = Field(min_length=1, max_length=MAX_ITEMS)
+    models: list[Annotated[str, Field(max_length=200)]] = Field(
+        default_factory=list, max_length=MAX_MODELS, fail_fast=True
+    )
+    items: list[ScoreItemBody] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
 
     @model_validator(mode="after")
     def _one_form(self) -> ScoreRequest:
@@ -140,7 +162,10 @@ class EmbeddingsRequest(_Request):
     model: str = Field(max_length=200)
     input: (
         Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+        ]
     )
     encoding_format: Literal["float", "base64"] = "float"
 
@@ -149,7 +174,7 @@ class TokenizeRequest(_Request):
     """``POST /tokenize``; a list of texts gives a list of lists."""
 
     model: str | None = None
-    prompt: str | Annotated[list[str], Field(max_length=MAX_ITEMS)]
+    prompt: Text | Annotated[list[Text], Field(max_length=MAX_ITEMS, fail_fast=True)]
     add_special_tokens: bool = True
 
 
@@ -157,4 +182,4 @@ class DetokenizeRequest(_Request):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from qwen_ray.errors import UserError
+from qwen_ray.serving.backlog import Backlog, Place
 from qwen_ray.serving.engines.base import GenerateRequest, GenerateResult, ScoreItem, ScoreResult, TokenEvent
 from qwen_ray.serving.engines.decode import DecodeBatch, DecodeRow
 from qwen_ray.serving.engines.torch import MAX_ROWS
@@ -31,15 +33,24 @@ log = logging.getLogger(__name__)
 
 GATHER_SECONDS = 0.004  # waited for company after the first request of an idle moment
 _MAX_BATCHES = 4  # generation batches decoded in turn; further requests wait for one to end
-_SCORE_WINDOW = 512  # score items planned together, so that rows of like length meet
+_SCORE_WINDOW = 512  # score items planned together, so that those that begin alike or are as long meet
 
 
 @dataclass
 class _Score:
     items: Sequence[ScoreItem]
     future: Future[list[ScoreResult]]
+    tokens: int
+    place: Place
     results: list[ScoreResult] = field(default_factory=list)
     missing: int = 0  # batches still to run
+
+
+@dataclass
+class _Row:
+    row: DecodeRow
+    future: Future[GenerateResult]
+    place: Place
 
 
 @dataclass
@@ -67,15 +78,23 @@ class Generation:
 class Scheduler:
     """Queues in front of a :class:`~qwen_ray.serving.engines.torch.TorchEngine`. Thread-safe."""
 
-    def __init__(self, engine: TorchEngine, *, gather_seconds: float = GATHER_SECONDS) -> None:
+    def __init__(
+        self,
+        engine: TorchEngine,
+        *,
+        gather_seconds: float = GATHER_SECONDS,
+        max_waiting_tokens: int | None = None,
+    ) -> None:
+        """``max_waiting_tokens``: see :class:`~qwen_ray.serving.backlog.Backlog`."""
         self.engine, self._gather = engine, gather_seconds
+        self._backlog = Backlog(max_waiting_tokens)
         self._condition = threading.Condition()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._scores: deque[_Score] = deque()
-        self._rows: deque[tuple[DecodeRow, Future[GenerateResult]]] = deque()
+        self._rows: deque[_Row] = deque()
         self._window: _Window | None = None
         self._batches: deque[DecodeBatch] = deque()
-        self._futures: dict[int, tuple[DecodeRow, Future[GenerateResult]]] = {}
+        self._running: dict[DecodeRow, _Row] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
@@ -83,16 +102,17 @@ class Scheduler:
     # -- for callers, any thread
 
     def score(self, items: Sequence[ScoreItem]) -> Future[list[ScoreResult]]:
-        """Queue a score request; its future raises :class:`UserError` if one of its items is invalid."""
+        """Queue a score request; its future raises :class:`UserError` if an item is invalid or if too much
+        waits (429)."""
         future: Future[list[ScoreResult]] = Future()
         try:
             for item in items:
                 self.engine.check_score(item)
-        except Exception as e:
+            tokens = sum(len(item.context) + sum(map(len, item.continuations)) for item in items)
+            place = self._backlog.enter(tokens)
+            self._put(self._scores, _Score(items, future, tokens, place, self.engine.blank_results(items)))
+        except UserError as e:
             future.set_exception(e)
-            return future
-        request = _Score(items, future, self.engine.blank_results(items))
-        self._put(self._scores, request)
         return future
 
     def generate(
@@ -103,10 +123,10 @@ class Scheduler:
         try:
             self.engine.check_generate(request)
             row = DecodeRow(self.engine, request, on_token)
-        except Exception as e:
+            self._put(self._rows, _Row(row, future, self._backlog.enter(row.most_tokens)))
+        except UserError as e:
             future.set_exception(e)
             return Generation(None, future)
-        self._put(self._rows, (row, future))
         return Generation(row, future)
 
     def call(self, function: Callable[[], Any]) -> Any:
@@ -134,7 +154,10 @@ class Scheduler:
         return {
             "score_requests": len(self._scores) + (len(self._window.requests) if self._window else 0),
             "waiting": len(self._rows),
-            "generating": sum(len(batch.rows) for batch in self._batches),
+            "generating": sum(len(batch.rows) for batch in list(self._batches)),
+            "waiting_tokens": self._backlog.waiting,
+            "max_waiting_tokens": self._backlog.most,
+            "tokens_per_second": round(self._backlog.speed),
         }
 
     def _put(self, queue: deque[Any], entry: Any) -> None:
@@ -190,8 +213,12 @@ class Scheduler:
                 for request in owners.values():
                     request.missing -= 1
                     if request.missing == 0:
+                        self._backlog.work(request.tokens)
+                        request.place.leave()  # first: its client may send the next at once
                         _give(request.future, request.results)
         if not window.batches:
+            for request in window.requests:
+                request.place.leave()
             self._window = None
 
     def _open_window(self) -> _Window | None:
@@ -201,6 +228,7 @@ class Scheduler:
         while self._scores and (not requests or len(items) < _SCORE_WINDOW):
             request = self._scores.popleft()
             if request.future.cancelled():
+                request.place.leave()
                 continue
             requests.append(request)
             owner.extend((request, place) for place in range(len(request.items)))
@@ -213,6 +241,7 @@ class Scheduler:
                 request.missing += 1
         for request in requests:
             if request.missing == 0:  # nothing but empty continuations
+                request.place.leave()
                 _give(request.future, request.results)
         return _Window(requests, items, owner, batches) if batches else None
 
@@ -223,22 +252,29 @@ class Scheduler:
         )
         for request in requests:
             if not request.future.done():
+                request.place.leave()
                 _settle(request.future, partial(self.engine.score, request.items))
 
     def _admit(self) -> None:
         while self._rows and len(self._batches) < _MAX_BATCHES:
             free = _MAX_BATCHES - len(self._batches)
-            waiting = [self._rows.popleft() for _ in range(min(len(self._rows), free * MAX_ROWS))]
-            for row, future in waiting:
-                self._futures[id(row)] = (row, future)
-            groups = self.engine.group_rows([row for row, _ in waiting])
+            waiting = {
+                entry.row: entry
+                for entry in (self._rows.popleft() for _ in range(min(len(self._rows), free * MAX_ROWS)))
+            }
+            groups = self.engine.group_rows(list(waiting))
+            for row in (row for group in groups[:free] for row in group):
+                self._running[row] = waiting[row]
+                waiting[row].place.start()
             # To the front: the next batches to be stepped are the new ones' prefills.
             self._batches.extendleft(DecodeBatch(self.engine, group) for group in groups[:free])
             for group in groups[free:]:
-                self._rows.extendleft(self._futures.pop(id(row)) for row in group)
+                self._rows.extendleft(waiting[row] for row in group)
 
     def _step(self, batch: DecodeBatch) -> None:
         rows = list(batch.rows)
+        read = sum(len(row.request.prompt) for row in rows if not row.result.ids)
+        before = sum(len(row.result.ids) for row in rows)
         try:
             batch.step()
         except Exception as e:
@@ -251,13 +287,15 @@ class Scheduler:
                 self._batches.extend(DecodeBatch(self.engine, [row]) for row in rows if not row.done)
         else:
             self._merge(batch)
+            self._backlog.work(read + sum(len(row.result.ids) for row in rows) - before)
         for row in rows:
             if row.done:
-                _, future = self._futures.pop(id(row))
+                entry = self._running.pop(row)
+                entry.place.leave()
                 if row.error is not None:
-                    _settle(future, _raiser(row.error))
+                    _settle(entry.future, _raiser(row.error))
                 else:
-                    _give(future, row.result)
+                    _give(entry.future, row.result)
 
     def _merge(self, batch: DecodeBatch) -> None:
         """Let a batch go when it is empty, or when another can take its rows (continuous batching)."""
@@ -269,7 +307,7 @@ class Scheduler:
         futures: list[Future[Any]] = [future for _, future in self._calls]
         scores = [*self._scores, *(self._window.requests if self._window else [])]
         futures += [request.future for request in scores]
-        futures += [future for _, future in [*self._rows, *self._futures.values()]]
+        futures += [entry.future for entry in [*self._rows, *self._running.values()]]
         for future in futures:
             with contextlib.suppress(InvalidStateError):
                 future.set_exception(RuntimeError("the server is stopping"))

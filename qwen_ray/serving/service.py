@@ -20,11 +20,10 @@ from qwen_ray import models
 from qwen_ray.errors import UserError
 from qwen_ray.registry import NAME, Registry
 from qwen_ray.serving.adapters import DEFAULT_BYTES, AdapterStore, Use
-from qwen_ray.serving.assistant import Assistant, NoAssistant, Passage, Route, question_of
+from qwen_ray.serving.assistant import NOTES, Assistant, NoAssistant, Passage, Route, question_of
 from qwen_ray.serving.completions import Completions, Json, Plan, Prompt, finite
-from qwen_ray.serving.engines.base import ScoreItem, ScoreResult
+from qwen_ray.serving.engines.base import ScoreItem, ScoreResult, ServedEngine
 from qwen_ray.serving.engines.packing import check_ids
-from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.model_id import AUTO, RAG, ModelId, parse
 from qwen_ray.serving.protocol import (
     ChatRequest,
@@ -34,12 +33,8 @@ from qwen_ray.serving.protocol import (
     ScoreRequest,
     TokenizeRequest,
 )
-from qwen_ray.serving.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
-
-NOTES = "Use these notes where they help.\n{passages}\n\n"
-"""What the model reads before a question, with the retrieved passages in it."""
 
 
 @dataclass
@@ -67,23 +62,25 @@ class Service:
 
     def __init__(
         self,
-        engine: TorchEngine,
+        engine: ServedEngine,
         *,
         registry: Path | None = None,
         adapters: dict[str, Path] | None = None,
         adapter_bytes: int = DEFAULT_BYTES,
         assistant: Assistant | None = None,
         notes_template: str = NOTES,
+        max_waiting_tokens: int | None = None,
     ) -> None:
         """``assistant``: router and knowledge bases, for ``:auto`` and ``+rag``. ``notes_template`` holds
-        ``{passages}``, the numbered passages that the model reads before the question."""
+        ``{passages}``, the numbered passages that the model reads before the question.
+        ``max_waiting_tokens``: beyond them requests are refused; None: a minute's work."""
         if not NAME.fullmatch(engine.id):
             raise UserError(
                 f"'{engine.id}' cannot be a model's name on the API",
                 fix="rename the folder: lower-case letters, digits, dot, dash and underscore, at most 64",
             )
         self.engine = engine
-        self.scheduler = Scheduler(engine)
+        self.scheduler = engine.queue(max_waiting_tokens=max_waiting_tokens)
         self.store = AdapterStore(
             engine,
             registry=None if registry is None else Registry(registry),
@@ -109,6 +106,8 @@ class Service:
     @classmethod
     def load(cls, model: str, *, threads: int = 1, **settings: Any) -> Service:
         """Load the named model (see :func:`qwen_ray.models.resolve`) and serve it."""
+        from qwen_ray.serving.engines.torch import TorchEngine
+
         return cls(TorchEngine.load(models.resolve(model), threads=threads), **settings)
 
     async def call(self, method: str, body: Any = None) -> Json:
@@ -134,16 +133,6 @@ class Service:
 
     # -- models
 
-    @asynccontextmanager
-    async def _use(self, model: ModelId) -> AsyncIterator[Use]:
-        """The model's adapter, held in memory meanwhile. Disk work stays off the loop."""
-        lease = self.store.use(model)
-        used = await asyncio.to_thread(lease.__enter__)
-        try:
-            yield used
-        finally:
-            await asyncio.shield(asyncio.to_thread(lease.__exit__, None, None, None))
-
     def _known(self, model: str) -> ModelId:
         parsed = parse(model)
         if parsed.base != self.engine.id:
@@ -165,7 +154,7 @@ class Service:
         passages = await self._passages(parsed, asked, routes) if parsed.rag else [[]] * count
         async with AsyncExitStack() as stack:
             if not parsed.auto:
-                used = await stack.enter_async_context(self._use(parsed))
+                used = await stack.enter_async_context(self.store.use(parsed))
                 yield [Assigned(parsed, used, found) for found in passages]
                 return
             uses = {name: await self._chosen(stack, parsed, name) for name in {r.adapter for r in routes}}
@@ -177,7 +166,7 @@ class Service:
     async def _chosen(self, stack: AsyncExitStack, model: ModelId, adapter: str | None) -> Use:
         """The adapter that the router chose; the base where it is not served."""
         try:
-            return await stack.enter_async_context(self._use(ModelId(model.base, adapter)))
+            return await stack.enter_async_context(self.store.use(ModelId(model.base, adapter)))
         except UserError as e:
             if e.status != 404:
                 raise
@@ -200,7 +189,7 @@ class Service:
 
     async def _models(self, _: None) -> Json:
         """Every id that can be asked for: base, adapters, the router's choice, and these with retrieval."""
-        available = await asyncio.to_thread(self.store.available, self.engine.fingerprint)
+        available = await self.store.listing(self.engine.fingerprint)
         about = await self.assistant.describe()
         base = self.engine.id
         entries: list[Json] = [{"id": base, "fingerprint": self.engine.fingerprint, "parent": None}]

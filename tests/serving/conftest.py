@@ -106,6 +106,14 @@ def make_adapter(model: Path, folder: Path, *, seed: int, **lora: Any) -> Path:
     return folder
 
 
+def make_adapters(model: Path, root: Path) -> dict[str, Path]:
+    """Those of :data:`ADAPTERS`."""
+    return {
+        name: make_adapter(model, root / name, seed=i + 1, **lora)
+        for i, (name, lora) in enumerate(ADAPTERS.items())
+    }
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -121,11 +129,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def adapter_dirs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("adapters")
-    return {
-        name: make_adapter(model_dir, root / name, seed=i + 1, **lora)
-        for i, (name, lora) in enumerate(ADAPTERS.items())
-    }
+    return make_adapters(model_dir, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="session")

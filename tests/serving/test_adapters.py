@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_ray.errors import UserError
 from qwen_ray.registry import Registry
+from qwen_ray.serving import adapters, catalog
 from qwen_ray.serving.adapters import AdapterStore, Use
 from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.model_id import parse
@@ -29,7 +32,8 @@ def test_versions_and_aliases_are_different_adapters(engine: TorchEngine, regist
     store = AdapterStore(engine, registry=registry)
     production, first, second = use(store, "geo"), use(store, "geo@1"), use(store, "geo@2")
     assert production == first != second
-    assert set(store.resident) == {first, second}
+    assert {used.key for used in store.resident} == {first, second}
+    assert [used.name for used in store.resident] == ["geo@1", "geo@2"]
     with store.use(parse("rand")) as base:
         assert base == Use()
 
@@ -43,20 +47,80 @@ def test_unknown_adapter_version_and_alias_are_404(engine: TorchEngine, registry
     assert store.resident == []
 
 
+def settle(store: AdapterStore, engine: TorchEngine, *names: str) -> None:
+    """Wait until just these are loaded; dropping is not waited for by those who use adapters."""
+    deadline = time.monotonic() + 20
+    while sorted(key.split("@")[0] for key in engine.lora.keys) != sorted(names):
+        assert time.monotonic() < deadline, engine.lora.keys
+        time.sleep(0.01)
+    assert sorted(str(used.name) for used in store.resident) == sorted(names)
+
+
 def test_least_recently_used_goes_first_and_never_one_in_use(
     engine: TorchEngine, adapter_dirs: dict[str, Path]
 ) -> None:
     sizes = {name: engine.read_adapter(folder).nbytes for name, folder in adapter_dirs.items()}
-    store = AdapterStore(engine, folders=adapter_dirs, max_bytes=sizes["geo"] + sizes["bio"])
-    geo, bio = use(store, "geo"), use(store, "bio")
+    store = AdapterStore(engine, folders=adapter_dirs, max_bytes=sizes["law"] + sizes["bio"] - 1)
+    assert sizes["geo"] + sizes["bio"] < sizes["law"] + sizes["bio"] - 1
+    use(store, "geo")
+    use(store, "bio")
     use(store, "geo")
     with store.use(parse("rand:bio")):
-        with store.use(parse("rand:law")) as law:  # does not fit: geo goes, bio is in use
-            assert store.resident == [bio, law.key]
-            assert engine.lora.keys == [bio, law.key]
-        assert bio in store.resident
-    assert geo not in store.resident
-    assert sum(sizes[key.split("@")[0]] for key in store.resident) <= sizes["geo"] + sizes["bio"]
+        with store.use(parse("rand:law")):  # does not fit: geo goes, bio is in use
+            settle(store, engine, "bio", "law")
+        settle(store, engine, "bio")
+    settle(store, engine, "bio")
+
+
+def test_pinned_is_loaded_at_start_and_never_dropped(
+    engine: TorchEngine, registry: Registry, adapter_dirs: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    law = engine.read_adapter(adapter_dirs["law"]).nbytes
+    store = AdapterStore(engine, registry=registry, max_bytes=law)
+    store.pin(["geo", "nobody"])
+    assert "nobody" in caplog.text
+    assert [used.name for used in store.resident] == ["geo@1"]
+    with store.use(parse("rand:law")):
+        pass
+    settle_names = time.monotonic() + 20
+    while [used.name for used in store.resident] != ["geo@1"]:
+        assert time.monotonic() < settle_names
+        time.sleep(0.01)
+
+
+def test_pin_follows_its_alias(engine: TorchEngine, adapter_dirs: dict[str, Path], tmp_path: Path) -> None:
+    registry = two_versions(engine, adapter_dirs, tmp_path)
+    largest = max(engine.read_adapter(adapter_dirs[name]).nbytes for name in ("geo", "law"))
+    store = AdapterStore(engine, registry=registry, max_bytes=largest)
+    store.pin(["a"])
+    registry.point("a", "production", 2, reason="better")
+    use(store, "a")
+    deadline = time.monotonic() + 20
+    while [used.name for used in store.resident] != ["a@2"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_engine_with_places_for_so_many(engine: TorchEngine, adapter_dirs: dict[str, Path]) -> None:
+    engine.max_adapters = 2  # type: ignore[attr-defined] # as vLLM's has
+    store = AdapterStore(engine, folders=adapter_dirs)
+    for name in ("geo", "law", "geo", "bio"):
+        use(store, name)
+    settle(store, engine, "bio", "geo")
+
+
+def test_adapter_larger_than_the_limit_is_refused_unread(
+    engine: TorchEngine, adapter_dirs: dict[str, Path]
+) -> None:
+    size = engine.read_adapter(adapter_dirs["law"]).nbytes
+    read: list[Path] = []
+    engine.read_adapter = lambda folder, **_: read.append(folder)  # type: ignore[method-assign,assignment]
+    store = AdapterStore(engine, folders=adapter_dirs, max_bytes=size - 1)
+    with pytest.raises(UserError, match="in memory") as e:
+        use(store, "law")
+    assert e.value.status == 409
+    assert "adapter_bytes" in e.value.fix
+    assert read == []
 
 
 def test_many_threads_load_an_adapter_once(engine: TorchEngine, adapter_dirs: dict[str, Path]) -> None:
@@ -210,17 +274,163 @@ def test_listing(engine: TorchEngine, registry: Registry, adapter_dirs: dict[str
         use(store, "own@1")
 
 
+def two_versions(engine: TorchEngine, adapter_dirs: dict[str, Path], root: Path) -> Registry:
+    """``a``: version 1, in production, is geo's weights; version 2 is law's."""
+    registry = Registry(root)
+    for name in ("geo", "law"):
+        registry.publish("a", adapter_dirs[name], {"base": {"id": "rand", "fingerprint": engine.fingerprint}})
+    registry.point("a", "production", 1, reason="first")
+    return registry
+
+
+class SlowDisk:
+    """Holds back reads of adapters whose path ends so, until they are let go."""
+
+    def __init__(self, engine: TorchEngine, ending: str) -> None:
+        self.go, self._read, self._ending = threading.Event(), engine.read_adapter, ending
+        engine.read_adapter = self.read  # type: ignore[method-assign]
+
+    def read(self, folder: Path, **kwargs: Any) -> Any:
+        if str(folder).endswith(self._ending):
+            assert self.go.wait(60)
+        return self._read(folder, **kwargs)
+
+
 def test_promotion_is_seen_at_once(
     engine: TorchEngine, adapter_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
-    registry = Registry(tmp_path)
-    for name in ("geo", "law"):
-        registry.publish("a", adapter_dirs[name], {"base": {"id": "rand", "fingerprint": engine.fingerprint}})
+    registry = two_versions(engine, adapter_dirs, tmp_path)
     store = AdapterStore(engine, registry=registry)
-    registry.point("a", "production", 1, reason="first")
     first = use(store, "a")
     registry.point("a", "production", 2, reason="better")
     assert use(store, "a") == use(store, "a@2") != first
+
+
+def test_old_version_answers_while_the_new_one_loads(
+    engine: TorchEngine, adapter_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = two_versions(engine, adapter_dirs, tmp_path)
+    monkeypatch.setattr(adapters, "SWAP_SECONDS", 0.05)
+    disk = SlowDisk(engine, "0002")
+    store = AdapterStore(engine, registry=registry)
+    first = use(store, "a")
+    registry.point("a", "production", 2, reason="better")
+    assert [use(store, "a") for _ in range(3)] == [first] * 3
+    with store.use(parse("rand:a")) as old:  # one that goes on during the swap
+        disk.go.set()
+        second = use(store, "a@2")
+        assert use(store, "a") == second != first
+        assert old.name == "a@1"
+
+
+def test_slow_load_disturbs_nobody_else(
+    engine: TorchEngine, adapter_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    disk = SlowDisk(engine, "law")
+    store = AdapterStore(engine, folders=adapter_dirs)
+    geo = use(store, "geo")
+
+    async def ask() -> None:
+        slow = [asyncio.ensure_future(store.use(parse("rand:law")).__aenter__()) for _ in range(20)]
+        for _ in range(3):
+            async with store.use(parse("rand:geo")) as used:
+                assert used.key == geo
+        async with store.use(parse("rand:bio")) as used:  # another can be loaded meanwhile
+            assert used.name == "bio"
+        slow[0].cancel()  # a client that goes away: the load goes on for the others
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in slow[1:])
+        disk.go.set()
+        assert len({(await task).key for task in slow[1:]}) == 1
+
+    asyncio.run(ask())
+    (law,) = [entry for entry in store._entries.values() if entry.found.name == "law"]
+    assert law.users == 19  # the one that went away holds nothing
+
+
+def test_damaged_new_version_is_409_and_the_old_one_still_served(
+    engine: TorchEngine, adapter_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    registry = two_versions(engine, adapter_dirs, tmp_path)
+    store = AdapterStore(engine, registry=registry)
+    first = use(store, "a")
+    _truncate(registry.get("a", 2).path)
+    registry.point("a", "production", 2, reason="better")
+    with pytest.raises(UserError, match="damaged") as e:
+        use(store, "a")
+    assert e.value.status == 409
+    assert use(store, "a@1") == first
+    registry.point("a", "production", 1, reason="back")
+    assert use(store, "a") == first
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_registry_away(
+    left: str, engine: TorchEngine, registry: Registry, adapter_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(registry.root, tmp_path / "registry")
+    moved = Registry(tmp_path / "registry")
+    store = AdapterStore(engine, registry=moved, folders={"own": adapter_dirs["bio"]})
+    geo = use(store, "geo")
+    listed = store.available()
+    moved.root.rename(tmp_path / "away")
+    if left == "an empty folder":  # as a lost mount leaves it
+        moved.root.mkdir()
+    assert use(store, "geo") == use(store, "geo@1") == geo
+    assert use(store, "own")
+    for name in ("law", "geo@2", "nobody"):
+        with pytest.raises(UserError, match="cannot be read now") as e:
+            use(store, name)
+        assert e.value.status == 503
+        assert e.value.retry_after
+    stale = asyncio.run(store.listing())
+    assert [name for name, _ in stale] == [name for name, _ in listed]
+    assert [facts.get("stale", False) for _, facts in stale] == [name != "own" for name, _ in listed]
+    if left == "an empty folder":
+        moved.root.rmdir()
+    (tmp_path / "away").rename(moved.root)
+    assert use(store, "law")
+    assert not any("stale" in facts for _, facts in asyncio.run(store.listing()))
+
+
+def test_registry_that_hangs(
+    engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a lost network mount does: calls do not fail, they do not return."""
+    store = AdapterStore(engine, registry=registry)
+    geo = use(store, "geo")
+    hung, resolve = threading.Event(), Registry.resolve
+
+    def hangs(*args: Any) -> Any:
+        assert hung.wait(60)
+        return resolve(*args)
+
+    monkeypatch.setattr(Registry, "resolve", hangs)
+    monkeypatch.setattr(catalog, "LOOKUP_SECONDS", 0.05)
+    assert [use(store, "geo") for _ in range(20)] == [geo] * 20  # more than there are threads
+    with pytest.raises(UserError) as e:
+        use(store, "law")
+    assert e.value.status == 503
+    hung.set()
+    monkeypatch.setattr(catalog, "LOOKUP_SECONDS", 60)
+    deadline = time.monotonic() + 20
+    while store._catalog._late:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert use(store, "law")
+
+
+def test_registry_that_goes_during_a_load(engine: TorchEngine, registry: Registry, tmp_path: Path) -> None:
+    shutil.copytree(registry.root, tmp_path / "registry")
+    read = engine.read_adapter
+
+    def goes(folder: Path, **kwargs: Any) -> Any:
+        (tmp_path / "registry").rename(tmp_path / "away")
+        return read(folder, **kwargs)
+
+    engine.read_adapter = goes  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="cannot be read now"):
+        use(AdapterStore(engine, registry=Registry(tmp_path / "registry")), "geo")
 
 
 def test_bad_adapter_folder_at_start(engine: TorchEngine, tmp_path: Path) -> None:

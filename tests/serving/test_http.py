@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from qwen_ray.registry import Registry
 from qwen_ray.serving.app import create_app
 from qwen_ray.serving.engines.base import GenerateRequest, ScoreItem
 from qwen_ray.serving.engines.torch import TorchEngine
+from qwen_ray.serving.protocol import CompletionRequest
 from qwen_ray.serving.service import Service
 
 GREEDY = {"temperature": 0, "max_tokens": 6}
@@ -46,22 +48,6 @@ def refused(http: TestClient, path: str, body: Any, status: int) -> dict[str, An
     assert set(error) == {"message", "type", "param", "code"}
     assert "Traceback" not in reply.text
     return error
-
-
-def test_four_forms_of_prompt_agree(http: TestClient, loaded: TorchEngine) -> None:
-    text = "The river begins"
-    ids = loaded.tokenizer.encode(text)
-    want = loaded.generate([GenerateRequest(None, ids, 6)])[0].text
-    for prompt in (text, [text], ids, [ids]):
-        assert [c["text"] for c in complete(http, prompt=prompt)["choices"]] == [want]
-    both = complete(http, prompt=[ids, ids[:2]], n=2)
-    assert [c["index"] for c in both["choices"]] == [0, 1, 2, 3]
-    assert [c["text"] for c in both["choices"]][:2] == [want] * 2
-    assert both["usage"] == {
-        "prompt_tokens": len(ids) + 2,
-        "completion_tokens": 24,
-        "total_tokens": len(ids) + 26,
-    }
 
 
 def test_adapters_answer_by_name_and_version(http: TestClient, loaded: TorchEngine) -> None:
@@ -348,18 +334,56 @@ def test_bad_bodies_are_400(http: TestClient, path: str, body: Any) -> None:
 
 
 def test_errors_of_http_itself_have_the_same_shape(http: TestClient) -> None:
-    broken = http.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})
-    assert (broken.status_code, broken.json()["error"]["type"]) == (400, "invalid_request_error")
-    assert http.get("/nowhere").json()["error"]["type"] == "not_found_error"
-    assert http.get("/v1/completions").status_code == 405
-    large = http.post(
-        "/tokenize", content=b"x" * (32 * 2**20 + 1), headers={"content-type": "application/json"}
-    )
-    assert large.status_code == 413
-    chunked = http.post(
-        "/tokenize", content=iter([b"x" * 2**20] * 33), headers={"content-type": "application/json"}
-    )
-    assert (chunked.status_code, set(chunked.json())) in ((413, {"error"}), (400, {"error"}))
+    as_json = {"content-type": "application/json"}
+    bodies: list[bytes] = [b"{", b"", b'"', b"\xff\xfe{", b"[" * 100_000, b'{"a":' * 100_000, b"\x00", b"nul"]
+    bodies += [
+        b'{"prompt": 1' + b"0" * 5000 + b"}",
+        b'{"prompt": "\\ud800"}',
+        b'{"\\ud800": 1, "prompt": "a"}',
+    ]
+    for body in bodies:
+        reply = http.post("/tokenize", content=body, headers=as_json)
+        assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error"), body[:20]
+    nowhere = http.get("/nowhere")
+    assert (nowhere.status_code, nowhere.json()["error"]["type"]) == (404, "not_found_error")
+    assert nowhere.json()["error"]["code"] is None
+    assert http.get("/v1/models/", follow_redirects=False).status_code == 404  # no redirect to a given Host
+    wrong = http.get("/v1/completions")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["type"] == "invalid_request_error"
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        unread = http.post("/tokenize", content=b'{"prompt": "a"}', headers={"content-type": kind})
+        assert unread.status_code == 415
+        assert "application/json" in unread.json()["error"]["message"]
+    for kind in ("application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"):
+        read = http.post("/tokenize", content=b'{"prompt": "a"}', headers={"content-type": kind})
+        assert read.status_code == 200
+
+
+def test_a_body_of_many_mistakes_is_refused_at_the_first(http: TestClient) -> None:
+    """An error object for each would take gigabytes."""
+    for body in (
+        {"model": "rand", "prompt": [{}] * 100_000},
+        {"model": "rand", "prompt": [[{}] * 100_000]},
+        {"model": "rand", "prompt": "a"} | dict.fromkeys(map(str, range(100_000)), 1),
+    ):
+        with pytest.raises(ValidationError) as error:
+            CompletionRequest.model_validate(body)
+        assert error.value.error_count() <= 4
+        refused(http, "/v1/completions", body, 400)
+
+
+def test_openapi_tells_what_there_is(http: TestClient) -> None:
+    schema = http.get("/openapi.json").json()
+    operations = {path: next(iter(operation.values())) for path, operation in schema["paths"].items()}
+    assert set(operations) == {
+        *("/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/score"),
+        *("/v1/embeddings", "/tokenize", "/detokenize", "/tokenizer_info"),
+    }
+    told = operations["/v1/completions"]["responses"]
+    assert {"200", "400", "401", "404", "409", "413", "415", "429", "500", "503", "504"} <= set(told)
+    assert "422" not in str(schema)
+    assert set(told["200"]["content"]) == {"application/json", "text/event-stream"}
 
 
 def test_no_other_origin_is_allowed(http: TestClient) -> None:
@@ -371,7 +395,7 @@ def test_no_other_origin_is_allowed(http: TestClient) -> None:
     simple = http.post(
         "/v1/completions", content=b'{"model": "rand", "prompt": "a"}', headers={"content-type": "text/plain"}
     )
-    assert simple.status_code == 400
+    assert simple.status_code == 415
 
 
 def test_adapter_of_another_base_is_409(

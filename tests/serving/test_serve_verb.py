@@ -1,8 +1,9 @@
-"""`qwen-ray serve` as a user runs it: OpenAI's client, stock lm-eval, a second server, Ctrl-C."""
+"""`qwen-ray serve` as a user runs it, with keys: OpenAI's client, stock lm-eval, a second server, Ctrl-C."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,14 +16,23 @@ import psutil
 import pytest
 
 from qwen_ray.evaluation import suites
+from qwen_ray.serving.auth import create_key
 from tests.test_cli import qwen_ray
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The file, and the secret of a key in it."""
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    return path, create_key(path, "me")
+
+
+@pytest.fixture(scope="module")
+def server(keys: tuple[Path, str]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     argv = [sys.executable, "-m", "qwen_ray.cli", "serve", "--model", "tiny", "--port", "0", "--json"]
+    argv += ["--keys", str(keys[0])]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = ""
@@ -35,8 +45,10 @@ def server() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     process.wait()
 
 
-def test_openai_client(server: tuple[str, subprocess.Popen[str]]) -> None:
-    client = openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none")
+def test_openai_client(server: tuple[str, subprocess.Popen[str]], keys: tuple[Path, str]) -> None:
+    client = openai.OpenAI(base_url=f"{server[0]}/v1", api_key=keys[1])
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none").models.list()
     assert [model.id for model in client.models.list()] == ["tiny"]
     answer = client.completions.create(
         model="tiny", prompt="Question: What is 12 + 30?\nAnswer:", temperature=0
@@ -52,15 +64,19 @@ def test_openai_client(server: tuple[str, subprocess.Popen[str]]) -> None:
         client.completions.create(model="tiny:law", prompt="x")
 
 
-def test_stock_lm_eval(server: tuple[str, subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_stock_lm_eval(
+    server: tuple[str, subprocess.Popen[str]], keys: tuple[Path, str], tmp_path: Path
+) -> None:
     """Nothing of ours on the client's side but the task's questions."""
     arguments = f"model=tiny,base_url={server[0]}/v1/completions,max_length=512,num_concurrent=2"
+    arguments += f",auth_token={keys[1]}"  # for the tokenizer; the questions go with the variable below
     command = [
         *(sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", arguments),
         *("--include_path", str(suites.folder("tiny")), "--tasks", "qwen_ray_tiny_arithmetic"),
         *("--limit", "20", "--output_path", str(tmp_path)),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    env = os.environ | {"OPENAI_API_KEY": keys[1]}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = tmp_path.rglob("results_*.json")
     assert json.loads(file.read_text())["results"]["qwen_ray_tiny_arithmetic"]["acc,none"] >= 0.9

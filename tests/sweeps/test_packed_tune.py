@@ -71,11 +71,14 @@ TRIAL, ENGINE = ("ray::PackedTrial", "ray::ResourceTrainable"), ("ray::Engine",)
 
 
 def child(process: subprocess.Popen[bytes], titles: tuple[str, ...]) -> psutil.Process:
-    """The first child with such a title."""
-    for found in psutil.Process(process.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if found.cmdline()[0].startswith(titles):
-                return found
+    """The first child with such a title. Trials may be trained before their processes have started."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for found in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if found.cmdline()[:1] and found.cmdline()[0].startswith(titles):
+                    return found
+        time.sleep(0.02)
     raise AssertionError(f"no process is called {titles[0]}")
 
 

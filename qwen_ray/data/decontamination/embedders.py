@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen_ray.data.decontamination.wording import content
-from qwen_ray.errors import UserError
 
 _BUCKETS = 1 << 18  # of words; as many again for what words are spelled with
 _SPELLING = 3  # characters
@@ -80,27 +79,10 @@ class NeuralEmbedder:
     def embed(self, texts: Sequence[str]) -> Any:
         """A dense ``float32`` matrix."""
         if self._encoder is None:
-            self._encoder = self._load()
-        vectors = self._encoder.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
-        return np.asarray(vectors, np.float32)
+            from qwen_ray.embedder import Embedder as Loaded
 
-    def _load(self) -> Any:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError:
-            raise UserError(
-                f"the embedder '{self.model}' needs sentence-transformers, which is not installed",
-                where="decontaminate.embedder",
-                fix="pip install sentence-transformers, or leave the key out for the embedded one",
-            ) from None
-        try:
-            return SentenceTransformer(self.model)
-        except (OSError, ValueError) as e:
-            raise UserError(
-                f"the embedder '{self.model}' cannot be loaded ({e})",
-                where="decontaminate.embedder",
-                fix="give the name of a sentence-transformers model or the folder that holds it",
-            ) from None
+            self._encoder = Loaded.load(self.model, where="decontaminate.embedder")
+        return self._encoder.embed(texts)
 
     def __getstate__(self) -> dict[str, Any]:
         # Every worker loads the model itself: the pickle stays small.

@@ -7,9 +7,15 @@ belong to :mod:`qwen_ray.serving.adapters`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qwen_ray.serving.lora_weights import LoraWeights
 
 MAX_TOP = 20  # log-probabilities of at most so many alternatives a position
 
@@ -98,18 +104,22 @@ class GenerateResult:
 OnToken = Callable[[TokenEvent], None]
 
 
+def prompt_item(
+    adapter: str | None, ids: Sequence[int], *, top: int = 0, prefix: Sequence[int] = ()
+) -> ScoreItem:
+    """The item that asks for the log-probabilities of a whole prompt and of the token after it.
+
+    ``prefix``: what the model reads before, whose log-probabilities are not wanted."""
+    rest = (tuple(ids[1:]),) if len(ids) > 1 else ()
+    return ScoreItem(adapter, (*prefix, *ids[:1]), rest, top=top, next_token=True)
+
+
 class Engine(Protocol):
     """What every engine offers to a caller in the same process. One thread at a time."""
 
     id: str
     fingerprint: str
     context_length: int
-
-    def add_adapter(self, key: str, folder: Path, *, within: Path | None = None) -> int:
-        """Load a PEFT folder under ``key``; returns its bytes. Raises ``UserError`` if refused."""
-
-    def remove_adapter(self, key: str) -> None:
-        """Unload; nothing happens if it is not loaded."""
 
     def score(self, items: Sequence[ScoreItem]) -> list[ScoreResult]:
         """Score all items. :class:`~qwen_ray.errors.UserError` if any of them is invalid."""
@@ -118,3 +128,73 @@ class Engine(Protocol):
         self, requests: Sequence[GenerateRequest], on_token: Callable[[int, TokenEvent], None] | None = None
     ) -> list[GenerateResult]:
         """Continue all prompts together; ``on_token(i, event)`` as request i gets a token."""
+
+
+class ServedEngine(Protocol):
+    """What the server asks of an engine itself, from any thread; forwards go through its queue.
+
+    ``read_adapter``, ``check_lineage``, ``add_adapter`` and ``remove_adapter`` are those of
+    :class:`qwen_ray.serving.adapters.Host`; the last two are called on the queue's thread.
+    """
+
+    id: str
+    fingerprint: str
+    context_length: int
+    vocabulary: int
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: frozenset[int]
+
+    def queue(self, *, max_waiting_tokens: int | None = None) -> EngineQueue:
+        """What puts requests in front of it."""
+
+    def check_score(self, item: ScoreItem) -> None:
+        """Raise ``UserError`` for an item that cannot be scored."""
+
+    def check_generate(self, request: GenerateRequest) -> None:
+        """Raise ``UserError`` for a request that cannot be generated from."""
+
+    def read_adapter(self, folder: Path, *, within: Path | None = None) -> LoraWeights:
+        """Read a PEFT folder; ``UserError`` if it is damaged or leaves ``within``."""
+
+    def check_lineage(self, folder: Path) -> None:
+        """``UserError`` (409) if the folder says that it was trained on another base model."""
+
+    def add_adapter(self, key: str, folder: LoraWeights) -> int:
+        """Load under ``key``; returns its bytes. ``UserError`` if refused."""
+
+    def remove_adapter(self, key: str) -> None:
+        """Unload; nothing happens if it is not loaded."""
+
+
+class Running(Protocol):
+    """A generation that was queued: wait for its result, or cancel it."""
+
+    future: Future[GenerateResult]
+
+    def cancel(self) -> None:
+        """Stop generating; the future then holds what there is, with finish reason ``cancelled``."""
+
+
+class EngineQueue(Protocol):
+    """Requests of many threads in front of one engine. Bad requests and refusals (429) come by the future."""
+
+    def score(self, items: Sequence[ScoreItem]) -> Future[list[ScoreResult]]:
+        """Scores of all items, in order."""
+
+    def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> Running:
+        """Continue a prompt; ``on_token`` runs on the engine's thread, so it must be quick."""
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run ``function`` where the engine may be changed, between forwards, and return what it returns."""
+
+    def stop(self) -> None:
+        """End; what is queued or running fails."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are still worked off."""
+
+    @property
+    def load(self) -> dict[str, int]:
+        """Counts for health, metrics and routing: ``score_requests``, ``waiting`` and ``generating``
+        requests, ``waiting_tokens``, ``max_waiting_tokens``, ``tokens_per_second``."""

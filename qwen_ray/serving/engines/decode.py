@@ -11,6 +11,7 @@ import torch
 from qwen_ray.errors import UserError
 from qwen_ray.serving.engines.base import MAX_TOP, Alternatives, GenerateRequest, GenerateResult, TokenEvent
 from qwen_ray.serving.engines.packing import check_ids
+from qwen_ray.serving.engines.prefix import BLOCK, past, plain_layers, stacked
 from qwen_ray.serving.engines.text import TextStream
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class DecodeRow:
     @property
     def tokens(self) -> list[int]:
         return [*self.request.prompt, *self.result.ids]
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the prompt and of what may be generated."""
+        return len(self.request.prompt) + self._limit
 
     @property
     def done(self) -> bool:
@@ -135,15 +141,37 @@ class DecodeBatch:
         self._drop([row.done for row in self.rows])
 
     def _prefill(self) -> torch.Tensor:
-        """Prompts (and, after a restart, what was generated), padded on the left: [B, V] logits."""
+        """Prompts (and, after a restart, what was generated), padded on the left: [B, V] logits.
+
+        What the engine's prefix cache knows of a prompt stands before its padding.
+        """
+        engine, prefixes = self._engine, self._engine.prefixes
         sequences = [row.tokens for row in self.rows]
-        longest = max(map(len, sequences))
-        device = self._engine.device
-        pads = [longest - len(s) for s in sequences]
-        ids = torch.tensor([[0] * pad + s for pad, s in zip(pads, sequences, strict=True)], device=device)
-        self._mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
-        positions = (self._mask.cumsum(-1) - 1).clamp_(min=0)
-        logits, self._cache = self._forward(ids, positions, None)
+        chains, known, cache = [], [0] * len(sequences), None
+        if prefixes is not None:
+            # The last token is always read: it makes the prediction.
+            chains = [
+                prefixes.find(row.request.adapter, tokens[:-1])
+                for row, tokens in zip(self.rows, sequences, strict=True)
+            ]
+            known = [BLOCK * len(chain) for chain in chains]
+            cache = past(chains, known)
+        new = [tokens[length:] for tokens, length in zip(sequences, known, strict=True)]
+        longest, before = max(map(len, new)), max(known)
+        self._mask = torch.tensor(
+            [
+                [0] * (before - length) + [1] * length + [0] * (longest - len(own)) + [1] * len(own)
+                for own, length in zip(new, known, strict=True)
+            ],
+            device=engine.device,
+        )
+        ids = torch.tensor([[0] * (longest - len(own)) + own for own in new], device=engine.device)
+        positions = (self._mask.cumsum(-1) - 1).clamp_(min=0)[:, before:]
+        logits, self._cache = self._forward(ids, positions, cache)
+        if prefixes is not None and (kv := stacked(self._cache, before)) is not None:
+            for r, (row, tokens) in enumerate(zip(self.rows, sequences, strict=True)):
+                own = kv[:, :, r, :, longest - len(new[r]) :]
+                prefixes.store(row.request.adapter, tokens, own, known[r])
         return logits
 
     def _decode(self) -> torch.Tensor:
@@ -178,7 +206,7 @@ class DecodeBatch:
     def _trim(self) -> None:
         """Drop columns that are padding in every row, left behind by a longer row."""
         first = int(self._mask.any(0).long().argmax())
-        layers = _plain_layers(self._cache)
+        layers = plain_layers(self._cache)
         if first and layers:
             self._mask = self._mask[:, first:]
             for layer in layers:
@@ -192,7 +220,7 @@ class DecodeBatch:
         """
         if self._cache is None or other._cache is None or len(self.rows) + len(other.rows) > most:
             return False
-        ours, theirs = _plain_layers(self._cache), _plain_layers(other._cache)
+        ours, theirs = plain_layers(self._cache), plain_layers(other._cache)
         if not ours or not theirs:
             return False
         length = max(self._mask.shape[1], other._mask.shape[1])
@@ -208,11 +236,3 @@ class DecodeBatch:
         self.rows += other.rows
         other.rows = []
         return True
-
-
-def _plain_layers(cache: Any) -> list[Any]:
-    """The cache's layers if all are plain growing [B, heads, T, D] tensors, else none (sliding windows)."""
-    from transformers.cache_utils import DynamicLayer
-
-    layers = list(getattr(cache, "layers", []))
-    return layers if all(type(layer) is DynamicLayer for layer in layers) else []

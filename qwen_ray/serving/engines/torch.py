@@ -7,7 +7,6 @@ thread and queues around it.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 
 from qwen_ray import models
 from qwen_ray.errors import UserError
+from qwen_ray.serving.engines import scoring
 from qwen_ray.serving.engines.base import (
     ContinuationScore,
     GenerateRequest,
@@ -23,18 +23,23 @@ from qwen_ray.serving.engines.base import (
     ScoreItem,
     ScoreResult,
     TokenEvent,
+    prompt_item,
 )
 from qwen_ray.serving.engines.decode import DecodeBatch, DecodeRow, check_request
-from qwen_ray.serving.engines.packing import NEXT, ScoreBatch, Want, check_item, plan, tensors, truncated
+from qwen_ray.serving.engines.packing import ScoreBatch, check_item, plan, truncated
+from qwen_ray.serving.engines.prefix import BLOCK, PrefixCache
+from qwen_ray.serving.engines.prefix import DEFAULT_BYTES as PREFIX_BYTES
+from qwen_ray.serving.engines.shared import check_lineage, eos_ids, listener
 from qwen_ray.serving.lora_weights import LoraWeights, read_lora
 from qwen_ray.serving.multilora import LoraLinear, MultiLora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from qwen_ray.serving.scheduler import Scheduler
+
 log = logging.getLogger(__name__)
 
-_LOGITS_AT_ONCE = 2**24  # float32 values, 64 MiB: a 152k vocabulary times a long prompt would be gigabytes
 SCORE_TOKENS = 4096  # tokens of one scoring forward, padding counted
 PREFILL_TOKENS = 8192
 MAX_ROWS = 32  # sequences decoded together
@@ -51,18 +56,22 @@ class TorchEngine:
         id: str = "model",
         fingerprint: str = "",
         context_length: int | None = None,
+        prefix_bytes: int = 0,
     ) -> None:
         """Take over ``model``: it is put in eval mode and its linear layers are wrapped as adapters need it.
 
         Without a ``fingerprint`` adapters are not checked against the base they were trained on.
+        ``prefix_bytes``: of the cache of prompts' beginnings, on the model's device; 0 for none, as a model
+        whose weights change needs it.
         """
         self.model, self.tokenizer, self.id, self.fingerprint = model.eval(), tokenizer, id, fingerprint
         config = model.config
         self.context_length = int(context_length or getattr(config, "max_position_embeddings", None) or 2048)
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.device = next(model.parameters()).device
-        self.eos_ids = _eos_ids(model, tokenizer)
-        self.lora = MultiLora(model)
+        self.eos_ids = eos_ids(model, tokenizer)
+        self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
+        self.lora = MultiLora(model, on_remove=self._forget)
         self._split = True
         self._share = _full_attention(config, self.context_length)
         self._probe()
@@ -75,6 +84,7 @@ class TorchEngine:
         threads: int | None = None,
         dtype: torch.dtype | None = None,
         device: str | None = None,
+        prefix_bytes: int = PREFIX_BYTES,
     ) -> TorchEngine:
         """Load a model and its tokenizer: in bfloat16 on a GPU where there is one, else float32 on the CPU.
 
@@ -91,7 +101,14 @@ class TorchEngine:
             id=ref.id,
             fingerprint=models.fingerprint(ref),
             context_length=models.context_length(ref),
+            prefix_bytes=prefix_bytes,
         )
+
+    def queue(self, *, max_waiting_tokens: int | None = None) -> Scheduler:
+        """A queue of its own, and the thread that works it off."""
+        from qwen_ray.serving.scheduler import Scheduler
+
+        return Scheduler(self, max_waiting_tokens=max_waiting_tokens)
 
     # -- adapters
 
@@ -113,23 +130,14 @@ class TorchEngine:
 
     def check_lineage(self, folder: Path) -> None:
         """:class:`UserError` (409) if the folder says that it was trained on another base model."""
-        from qwen_ray.fsio import read_json
-        from qwen_ray.registry import LINEAGE
-
-        path = folder / LINEAGE
-        base = read_json(path).get("base") or {} if path.is_file() else {}
-        trained_on = base.get("fingerprint")
-        if trained_on and self.fingerprint and trained_on != self.fingerprint:
-            raise UserError(
-                f"the adapter was trained on {base.get('id', 'another model')} ({trained_on[:12]}), "
-                f"this server runs {self.id} ({self.fingerprint[:12]})",
-                where=str(folder),
-                fix="serve it on its own base model, or train it again on this one",
-                status=409,
-            )
+        check_lineage(folder, self.id, self.fingerprint)
 
     def remove_adapter(self, key: str) -> None:
         self.lora.remove(key)
+
+    def _forget(self, key: str) -> None:
+        if self.prefixes is not None:
+            self.prefixes.forget(key)
 
     # -- scoring
 
@@ -159,34 +167,18 @@ class TorchEngine:
 
     def plan_score(self, items: Sequence[ScoreItem], *, budget: int = SCORE_TOKENS) -> list[ScoreBatch]:
         """Cut checked items into forwards of at most ``budget`` tokens."""
-        return plan(items, context_length=self.context_length, budget=budget, share=self._share)
+        prefixes = self.prefixes
+        return plan(
+            items,
+            context_length=self.context_length,
+            budget=budget,
+            share=self._share,
+            known=None if prefixes is None else lambda *trunk: scoring.known(prefixes, *trunk).length,
+        )
 
-    @torch.inference_mode()
     def run_score(self, batch: ScoreBatch, results: list[ScoreResult]) -> None:
         """One forward; writes what it gives into ``results`` (indexed by item) once all of it is known."""
-        ids, positions, mask = tensors(batch, self.device)
-        adapters = [row.adapter for row in batch.rows]
-        wants = [(r, want) for r, row in enumerate(batch.rows) for want in row.wants]
-        found: list[tuple[Want, float, bool, list[tuple[int, float]]]] = []
-        top = max(row.top for row in batch.rows)
-        step = max(1, _LOGITS_AT_ONCE // self.vocabulary)
-        with self.lora.select(adapters):
-            hidden, logits = self._hidden(ids, positions, mask)
-        for start in range(0, len(wants), step):
-            part = wants[start : start + step]
-            rows = torch.tensor([r for r, _ in part], device=self.device)
-            at = torch.tensor([want.position for _, want in part], device=self.device)
-            values = self._head(hidden[rows, at], adapters, rows) if logits is None else logits[rows, at]
-            found.extend(_read_out(values, [w for _, w in part], [batch.rows[r].top for r, _ in part], top))
-        for want, logprob, greedy, alternatives in found:
-            if want.target == NEXT:
-                results[want.item].next_token = alternatives
-                continue
-            score = results[want.item].continuations[want.continuation]
-            score.logprobs.append(logprob)
-            score.greedy = score.greedy and greedy
-            if alternatives:
-                score.top.append(alternatives)
+        scoring.run(self, batch, results)
 
     def prompt_logprobs(self, adapter: str | None, ids: Sequence[int], *, top: int = 0) -> ScoreResult:
         """Log-probabilities of ``ids[1:]`` given what precedes each, and of the token that would follow."""
@@ -205,7 +197,7 @@ class TorchEngine:
         """Continue every prompt; ``on_token(i, event)`` is called as request ``i`` gets a token."""
         for request in requests:
             self.check_generate(request)
-        rows = [DecodeRow(self, request, _listener(i, on_token)) for i, request in enumerate(requests)]
+        rows = [DecodeRow(self, request, listener(i, on_token)) for i, request in enumerate(requests)]
         for group in self.group_rows(rows):
             batch = DecodeBatch(self, group)
             while batch.rows:
@@ -259,10 +251,17 @@ class TorchEngine:
             raise UserError(f"adapter '{key}' is not loaded", fix="add_adapter it first", status=404)
 
     def _hidden(
-        self, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None
+        self, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None, cache: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(hidden states [B, T, H], None), or, if the head is more than a matrix, (_, logits [B, T, V])."""
-        inputs = {"position_ids": positions, "attention_mask": mask, "use_cache": False}
+        """(hidden states [B, T, H], None), or, if the head is more than a matrix, (_, logits [B, T, V]).
+
+        ``cache``: what the rows have read before, which grows; None: nothing, and nothing is kept."""
+        inputs = {
+            "position_ids": positions,
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
         if self._split:
             return self.model.base_model(input_ids=ids, **inputs).last_hidden_state, None
         return ids, self.model(input_ids=ids, **inputs).logits
@@ -280,97 +279,51 @@ class TorchEngine:
     def _probe(self) -> None:
         """Find out, by trying, which shortcuts are exact for this architecture.
 
-        Some models scale or cap the logits after the head; some take no block mask or ignore position ids.
+        Some models scale or cap the logits after the head; some take no block mask, ignore position ids or
+        keep something else than keys and values.
         """
         limit = min(self.vocabulary, 50)
+        length = min(2 * BLOCK + 5, self.context_length - 2)
         context, choices = (
-            [i % limit for i in (3, 7, 11, 2, 5)],
+            [(3 + i * i) % limit for i in range(length)],
             [[i % limit for i in c] for c in ((9, 4), (13, 6))],
         )
         plain = [
             self.model(torch.tensor([context + c], device=self.device)).logits[0].float() for c in choices
         ]
         want = [
-            p[4:6].log_softmax(-1).gather(1, torch.tensor([c], device=self.device).T).sum()
+            p[length - 1 : length + 1]
+            .log_softmax(-1)
+            .gather(1, torch.tensor([c], device=self.device).T)
+            .sum()
             for p, c in zip(plain, choices, strict=True)
         ]
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.2
 
         def exact() -> bool:
-            try:
-                got = self.score([ScoreItem(None, context, choices)])[0].continuations
+            try:  # twice: the second finds what the first has read
+                got = [self.score([ScoreItem(None, context, choices)])[0].continuations for _ in range(2)]
             except Exception as e:
-                log.info("scoring with split=%s share=%s: %r", self._split, self._share, e)
+                cached = self.prefixes is not None
+                log.info("scoring with split=%s share=%s cache=%s: %r", self._split, self._share, cached, e)
                 return False
-            return all(abs(g.total - float(w)) < tolerance for g, w in zip(got, want, strict=True))
+            return all(
+                abs(g.total - float(w)) < tolerance for row in got for g, w in zip(row, want, strict=True)
+            )
 
-        share = self._share
-        for self._split, self._share in ((True, share), (True, False), (False, share), (False, False)):
+        share, limit_bytes = self._share, 0 if self.prefixes is None else self.prefixes.max_bytes
+        for self._split, self._share, cached in (
+            *((split, share, share) for split in (True, False)),
+            *((split, shared, False) for split in (True, False) for shared in (share, False)),
+        ):
+            self.prefixes = PrefixCache(limit_bytes) if cached and limit_bytes else None
             if exact():
+                self.prefixes = None if self.prefixes is None else PrefixCache(limit_bytes)
                 return
         raise UserError(
             f"{type(self.model).__name__} gives other results in a batch than alone, so it cannot be served",
             fix="use a decoder-only causal language model",
         )
-
-
-def prompt_item(
-    adapter: str | None, ids: Sequence[int], *, top: int = 0, prefix: Sequence[int] = ()
-) -> ScoreItem:
-    """The item that asks for the log-probabilities of a whole prompt and of the token after it.
-
-    ``prefix``: what the model reads before, whose log-probabilities are not wanted."""
-    rest = (tuple(ids[1:]),) if len(ids) > 1 else ()
-    return ScoreItem(adapter, (*prefix, *ids[:1]), rest, top=top, next_token=True)
-
-
-def _read_out(
-    logits: torch.Tensor, wants: Sequence[Want], tops: Sequence[int], top: int
-) -> list[tuple[Want, float, bool, list[tuple[int, float]]]]:
-    """(want, log-probability, was it the likeliest, alternatives) for logits [N, V].
-
-    Token and alternatives come from the same tensor, so the likeliest token's two figures are the same
-    bits: lm-eval's client tests them for equality.
-    """
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    targets = torch.tensor([max(want.target, 0) for want in wants], device=logits.device)
-    own = logprobs.gather(1, targets.unsqueeze(1)).squeeze(1).tolist()
-    if any(map(math.isnan, own)):
-        raise FloatingPointError("the model's output is not a number")
-    best = logprobs.argmax(-1).tolist()
-    needs = max(top, 1 if any(want.target == NEXT for want in wants) else 0)
-    values: list[list[float]] = [[]] * len(wants)
-    ids: list[list[int]] = [[]] * len(wants)
-    if needs:
-        k = min(needs, logprobs.shape[-1])
-        top_values, top_ids = logprobs.topk(k, dim=-1)
-        values, ids = top_values.tolist(), top_ids.tolist()
-    out = []
-    for i, want in enumerate(wants):
-        k = max(tops[i], 1 if want.target == NEXT else 0)
-        alternatives = list(zip(ids[i][:k], values[i][:k], strict=True))
-        out.append((want, own[i], best[i] == want.target, alternatives))
-    return out
-
-
-def _listener(
-    index: int, on_token: Callable[[int, TokenEvent], None] | None
-) -> Callable[[TokenEvent], None] | None:
-    if on_token is None:
-        return None
-    return lambda event: on_token(index, event)
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a generation: what the model's generation config says, else the tokenizer's."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    if configured is None:
-        configured = getattr(model.config, "eos_token_id", None)
-    if configured is None:
-        configured = tokenizer.eos_token_id
-    if configured is None:
-        return frozenset()
-    return frozenset([configured] if isinstance(configured, int) else configured)
 
 
 def _full_attention(config: Any, context_length: int) -> bool:

@@ -1,0 +1,1 @@
+"""Which adapter answers a question: similarity to the training questions of each domain."""

@@ -1,0 +1,224 @@
+"""Which adapters may be served: the folders given at start, then the registry.
+
+A registry may be a mounted folder, which can vanish or hang. What was looked up before is remembered, so that
+adapters in memory go on answering; the rest is refused with 503 until the registry is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qwen_ray.errors import UserError, did_you_mean
+from qwen_ray.registry import NAME, PRODUCTION, AdapterVersion, Registry
+from qwen_ray.serving.model_id import AUTO
+
+T = TypeVar("T")
+Listing = list[tuple[str, dict[str, Any]]]
+"""(id after the base and colon, facts) of each adapter."""
+
+LOOKUP_SECONDS = 3.0  # a lookup that takes longer is taken for a registry that hangs
+RETRY_SECONDS = 5.0
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter on disk. ``name``: ``NAME@VERSION``, or a folder's name. ``root``: what its files may not
+    leave. ``fixed``: what was asked for always means this adapter; an alias may move to another."""
+
+    name: str
+    folder: Path
+    root: Path | None
+    fixed: bool = field(compare=False)
+
+    @property
+    def key(self) -> str:
+        # The path is part of it: the same name and version under another root is another adapter.
+        return f"{self.name}@{self.folder}"
+
+
+class Catalog:
+    """Looks adapters up by name. Safe to use from several threads and event loops."""
+
+    def __init__(
+        self, *, registry: Registry | None = None, folders: Mapping[str, Path] | None = None
+    ) -> None:
+        self._registry = registry
+        self.folders = {name: checked_folder(name, Path(folder)) for name, folder in (folders or {}).items()}
+        self._known: dict[tuple[str, str | None], Found] = {}
+        self._listing: Listing = []
+        self._late: set[Future[Any]] = set()
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="registry")
+
+    async def find(self, name: str, at: str | None) -> tuple[Found, bool]:
+        """The adapter that is meant now, and whether the registry could be asked.
+
+        Where it could not, the adapter that was meant before. Raises :class:`UserError`: 404 unknown, 503 not
+        known and not to be looked up now.
+        """
+        try:
+            return await self._in_time(lambda: self.look_up(name, at)), True
+        except UserError as e:
+            known = self.remembered(name, at)
+            if e.status != 503 or known is None:
+                raise
+            return known, False
+
+    def look_up(self, name: str, at: str | None) -> Found:
+        """As :meth:`find`, but waits for the disk and remembers only for others."""
+        if name in self.folders:
+            if at is not None:
+                raise UserError(
+                    f"adapter '{name}' is a folder without versions", fix=f"leave out '@{at}'", status=404
+                )
+            found = Found(name, self.folders[name], None, fixed=True)
+        elif self._registry is None:
+            fix = did_you_mean(name, self.folders) if self.folders else "this server has no adapters"
+            raise UserError(f"unknown adapter '{name}'", fix=fix, status=404)
+        else:
+            version = self._asked(lambda registry: registry.resolve(name, at))
+            fixed = at is not None and at.isdigit()
+            found = Found(version.ref, version.path, self._registry.root, fixed)
+            self._known[name, str(version.version)] = replace(found, fixed=True)
+        self._known[name, at] = found
+        return found
+
+    def remembered(self, name: str, at: str | None) -> Found | None:
+        """What :meth:`look_up` found last."""
+        return self._known.get((name, at))
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the registry's folder is there. What is left of a lost mount is an empty folder."""
+        if self._registry is None:
+            return True
+        try:
+            root = self._registry.root
+            return root.is_dir() and (not self._known or any(root.iterdir()))
+        except OSError:
+            return False
+
+    def available(self, fingerprint: str = "") -> Listing:
+        """What can be asked for now.
+
+        A registry may hold adapters of several base models; with ``fingerprint`` only that one's are listed.
+        """
+        listing: Listing = [(name, {"source": "folder"}) for name in sorted(self.folders)]
+        if self._registry is not None:
+            try:
+                listing += self._asked(lambda registry: self._versions(registry, fingerprint))
+            except UserError as e:
+                if e.status != 503:
+                    raise
+                return self._stale()
+        self._listing = listing
+        return listing
+
+    async def listing(self, fingerprint: str = "") -> Listing:
+        """:meth:`available`; while the registry cannot be read what it held last, each marked ``stale``."""
+        try:
+            return await self._in_time(lambda: self.available(fingerprint))
+        except UserError:
+            return self._stale()
+
+    def _stale(self) -> Listing:
+        return [
+            (name, facts | {"stale": True} if facts["source"] == "registry" else facts)
+            for name, facts in self._listing
+        ]
+
+    def _versions(self, registry: Registry, fingerprint: str) -> Listing:
+        out: Listing = []
+        for name in registry.names():
+            if name in self.folders or name == AUTO:
+                continue
+            aliases = registry.aliases(name)
+            for version in registry.versions(name):
+                facts = _facts(registry.get(name, version), aliases)
+                if fingerprint and (facts["base"] or {}).get("fingerprint") != fingerprint:
+                    continue
+                if aliases.get(PRODUCTION) == version:
+                    out.append((name, facts))
+                out.append((f"{name}@{version}", facts))
+        return out
+
+    def _asked(self, ask: Callable[[Registry], T]) -> T:
+        """The registry's answer; 503 if its folder is away or cannot be read."""
+        assert self._registry is not None
+        for last in (False, True):
+            if not self.reachable:
+                raise unreachable()
+            try:
+                return ask(self._registry)
+            except OSError as e:
+                raise unreachable() from e
+            except UserError:
+                # Asked again: it may have gone, and come back, meanwhile.
+                if last and self.reachable:
+                    raise
+        raise unreachable()
+
+    async def _in_time(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on a thread. 503 if it takes too long, and at once while earlier work still hangs."""
+        if self._late:
+            raise unreachable()
+        future = self._threads.submit(work)
+        if await settled(future, LOOKUP_SECONDS):
+            return future.result()
+        self._late.add(future)
+        future.add_done_callback(self._late.discard)
+        raise unreachable()
+
+
+async def settled(future: Future[Any], seconds: float) -> bool:
+    """Wait for at most so long; whether it has ended then. Unlike with asyncio's own, giving up cancels
+    nothing."""
+    if not future.done():
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(ended.set)
+
+        future.add_done_callback(wake)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), seconds)
+    return future.done()
+
+
+def unreachable() -> UserError:
+    return UserError(
+        "the adapter registry cannot be read now",
+        fix="adapters in memory go on answering; ask again later",
+        status=503,
+        retry_after=RETRY_SECONDS,
+    )
+
+
+def _facts(adapter: AdapterVersion, aliases: dict[str, int]) -> dict[str, Any]:
+    lineage = adapter.lineage
+    return {
+        "source": "registry",
+        "version": adapter.version,
+        "aliases": sorted(alias for alias, version in aliases.items() if version == adapter.version),
+        "base": lineage.get("base"),
+        "parent": lineage.get("parent"),
+        "run": lineage.get("run"),
+    }
+
+
+def checked_folder(name: str, folder: Path) -> Path:
+    """The full path of an adapter folder given by a user, under a name that may be served."""
+    if not NAME.fullmatch(name) or name == AUTO:
+        raise UserError(
+            f"'{name}' cannot be the name of an adapter", where=str(folder), fix="like 'geography-2'"
+        )
+    if not folder.is_dir():
+        raise UserError("no such adapter folder", where=str(folder), fix="check the path")
+    return folder.resolve()
