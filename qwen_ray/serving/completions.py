@@ -403,10 +403,14 @@ class LogprobBlock:
             self.body["top_logprobs"].append(None)
             return
         alternatives: dict[str, float] = {}
-        for other, value in [*top, (token, logprob)] if token not in dict(top) else top:
-            name = self._owner.token_text(other)
+        missing = True
+        for other, value in top:
+            name = text if other == token else self._owner.token_text(other)
             # Tokens that are parts of a character share one text; the likeliest keeps it.
             alternatives[f"token_id:{other}" if name in alternatives else name] = finite(value)
+            missing = missing and other != token
+        if missing:
+            alternatives[f"token_id:{token}" if text in alternatives else text] = finite(logprob)
         self.body["token_logprobs"].append(finite(logprob))
         self.body["top_logprobs"].append(alternatives)
 

@@ -6,13 +6,11 @@ whether it goes on. A freed slot is taken by the next trial. The engine waits, w
 are full before it trains on: then the order of its decisions depends on the trials alone, and not on how
 fast processes start, die and are replaced.
 
-A call of :meth:`EngineCore.advance` is a trial's sign of life, and its leave to be trained. To its next point
-a trial is trained as soon as it has been proposed: processes take longer to start than some trials to train.
+A call of :meth:`EngineCore.advance` is a trial's sign of life, and its leave to be trained.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import shutil
@@ -43,8 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
-START_SECONDS = 3.0
-"""How long the engine waits at first for more trials to be proposed, after the last: they come together."""
 GANG_SECONDS = 20.0
 """How long a slot that was freed waits for a trial to be proposed, after the last sign of any."""
 LEASE_SECONDS = 60.0
@@ -112,7 +108,7 @@ class EngineCore:
         self._members: dict[int, Member] = {}
         self._packed: dict[str, tuple[Member, Slot, CheckpointStore, Tracker]] = {}
         self._away: set[int] = set()
-        """Who has left."""
+        """Who has left, or did not come."""
         self._freed = bool(self._journal.reports)
         """Whether a slot may be waiting for a trial that has yet to be proposed."""
         self._sign = time.monotonic()
@@ -234,9 +230,8 @@ class EngineCore:
     def _turn(self) -> list[Member] | None:
         """The trials that train next, when all that are waited for are there; None at the end."""
         while True:
-            chosen = None
             with self._changed:
-                while not self._closed and (chosen := self._choose()) is None:
+                while (chosen := self._choose()) is None and not self._closed:
                     self._changed.wait(timeout=0.2)
             if self._closed or chosen is None:
                 return None
@@ -251,36 +246,33 @@ class EngineCore:
     def _choose(self) -> list[Member] | None:
         """Who fills the slots, by index, those that are in the pack before others; None: wait."""
         now, slots = time.monotonic(), self.spec.trials.slots
-        more, live = self._expect()
-        ready = sorted((m for m in live if m.ready), key=lambda m: (m.key not in self._packed, m.index))
-        silent = [m for m in live if m.key in self._packed and not m.ready]
-        if not ready or silent or len(ready) < min(slots, len(live)):
-            return None
-        patience = self._gang if self._freed else min(START_SECONDS, self._gang)
-        if len(ready) < slots and more and now - self._sign < patience:
-            return None
-        self._freed = False
-        return sorted(ready[:slots], key=lambda m: m.index)
-
-    def _expect(self) -> tuple[bool, list[Member]]:
-        """Whether more trials will be proposed for certain, and those that are to be reckoned with: who has
-        joined and is not silent for too long, and, where slots are free, who has been proposed."""
-        now = time.monotonic()
         live = [m for m in self._members.values() if not self._journal.ended(m.index) and not m.error]
         for member in live:
             member.parked = member.parked or (not member.ready and now - member.seen > self._lease)
         live = [m for m in live if not m.parked]
-        i, proposed = self.number, list[int]()
+        ready = sorted((m for m in live if m.ready), key=lambda m: (m.key not in self._packed, m.index))
+        silent = [m for m in live if m.key in self._packed and not m.ready]
+        if not ready or silent or len(ready) < min(slots, len(live)):
+            return None
+        if len(ready) < slots:
+            coming, more = self._coming()
+            if len(ready) < min(slots, len(live) + len(coming)) and now - self._sign < self._lease:
+                return None
+            if self._freed and more and now - self._sign < self._gang:
+                return None
+            self._away |= coming
+        self._freed = False
+        return sorted(ready[:slots], key=lambda m: m.index)
+
+    def _coming(self) -> tuple[set[int], bool]:
+        """The engine's own trials that have been proposed and have not joined, and whether more will be
+        proposed for certain."""
+        step, i, coming = self.spec.trials.engines, self.number, set[int]()
         while i in self._members or self._journal.ended(i) or self._ledger.has(i):
             if not (i in self._members or self._journal.ended(i) or i in self._away):
-                proposed.append(i)
-            i += self.spec.trials.engines
-        for index in proposed[: max(0, self.spec.trials.slots - len(live))]:
-            with contextlib.suppress(UserError):  # which its process will be told
-                member = self._member(index)
-                member.asked = len(member.reports) + 1
-                live.append(member)
-        return i < self.spec.search.trials, live
+                coming.add(i)
+            i += step
+        return coming, i < self.spec.search.trials
 
     def _add(self, member: Member) -> None:
         import torch

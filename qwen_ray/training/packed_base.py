@@ -95,8 +95,7 @@ class FrozenBase:
         Returns of each lane: its number, the loss of each supervised token, float32 ``[S]``, and the domains
         of these.
         """
-        if not self.model.training:  # a walk over all modules
-            self.model.train()
+        self.model.train()
         batch = join([batch for batch, _ in parts.values()]).to(self.device)
         sizes = [part.supervised for part, _ in parts.values()]
         share = torch.tensor([1 / supervised for _, supervised in parts.values()])

@@ -203,18 +203,6 @@ def test_the_others_do_not_wait_for_one_that_is_silent(
     assert trained == [1, 2, 2, *range(3, STEPS + 1), STEPS]  # each once, and twice where it was evaluated
 
 
-def test_proposed_trials_train_while_their_processes_start(tmp_path: Path) -> None:
-    core = EngineCore(example(tmp_path, values=VALUES[:3], slots=2), tmp_path, lease_seconds=PATIENT)
-    ledger, deadline = Ledger(tmp_path), time.monotonic() + PATIENT
-    while not ledger.reports(1) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    # To their first point, in the order of their indices, and no further until someone asks.
-    assert [len(ledger.reports(i)) for i in range(3)] == [1, 1, 0]
-    assert [core.advance(i, 0)["boundary"] for i in range(2)] == [0, 0]
-    assert [len(read_metrics(ledger.folder(i))) for i in range(3)] == [POINTS[0], POINTS[0], 0]
-    core.close()
-
-
 def test_who_leaves_is_not_waited_for_and_may_come_back(tmp_path: Path) -> None:
     core = EngineCore(
         example(tmp_path, values=VALUES[:2], slots=2, stopping={"name": "none", "rungs": [1 / 9]}),

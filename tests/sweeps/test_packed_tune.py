@@ -71,14 +71,11 @@ TRIAL, ENGINE = ("ray::PackedTrial", "ray::ResourceTrainable"), ("ray::Engine",)
 
 
 def child(process: subprocess.Popen[bytes], titles: tuple[str, ...]) -> psutil.Process:
-    """The first child with such a title. Trials may be trained before their processes have started."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        for found in psutil.Process(process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                if found.cmdline()[:1] and found.cmdline()[0].startswith(titles):
-                    return found
-        time.sleep(0.02)
+    """The first child with such a title."""
+    for found in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if found.cmdline()[0].startswith(titles):
+                return found
     raise AssertionError(f"no process is called {titles[0]}")
 
 
@@ -89,7 +86,7 @@ def test_killed_anywhere_it_ends_as_if_nobody_had_touched_it(
 ) -> None:
     example(tmp_path)
     rng, saved = random.Random(5), []
-    moments = sorted(rng.sample(range(2, ALL_STEPS - 12), 4))
+    moments = sorted(rng.sample(range(2, 2 * ALL_STEPS // 3), 4))
     with driver(tmp_path) as process:
         wait_for(tmp_path, process, moments[0])
         child(process, TRIAL).kill()

@@ -46,7 +46,8 @@ def work(given: dict[str, Any], out: Path) -> None:
 
 def last_step(out: Path) -> int:
     path = out / "rows.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
+    text = path.read_text() if path.is_file() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a row may be seen before all of it is written
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
