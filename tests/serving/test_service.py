@@ -17,6 +17,7 @@ from qwen_ray.serving.engines.base import GenerateRequest, ScoreItem
 from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.protocol import ChatRequest, CompletionRequest, EmbeddingsRequest, ScoreRequest
 from qwen_ray.serving.service import Service
+from tests.serving.conftest import ask
 from tests.serving.fixed_assistant import FixedAssistant, passage
 
 RIVER, LAW = "Where does the river begin?", "What does the fox jump over?"
@@ -38,12 +39,6 @@ def service(model_dir: Path, registry: Registry, assistant: FixedAssistant) -> I
     service = Service.load(str(model_dir), registry=registry.root, assistant=assistant)
     yield service
     service.stop()
-
-
-def ask(service: Service, method: str, body: Any) -> dict[str, Any]:
-    envelope = asyncio.run(service.call(method, body))
-    assert "ok" in envelope, envelope
-    return envelope["ok"]
 
 
 def complete(service: Service, model: str, prompt: Any, **more: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from qwen_ray.registry import Registry
 from qwen_ray.serving.app import create_app
 from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.service import Service
-from tests.serving.conftest import make_adapters, make_model
+from tests.serving.conftest import load_with, make_adapters, make_model
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +32,7 @@ def adapter_dirs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.fixture(scope="session")
 def loaded(model_dir: Path, adapter_dirs: dict[str, Path]) -> TorchEngine:
-    engine = TorchEngine.load(models.resolve(str(model_dir)), threads=1)
-    for name, folder in adapter_dirs.items():
-        engine.add_adapter(name, folder)
-    return engine
+    return load_with(model_dir, adapter_dirs)
 
 
 @pytest.fixture(scope="session")

@@ -195,7 +195,8 @@ def test_stream_equals_whole(http: TestClient, echo: bool) -> None:
         parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == want["index"]]
         assert "".join(part["text"] for part in parts) == want["text"]
         assert [p["finish_reason"] for p in parts if p["finish_reason"]] == [want["finish_reason"]]
-        assert [x for p in parts for x in p["logprobs"]["tokens"]] == want["logprobs"]["tokens"]
+        for key in ("tokens", "text_offset"):
+            assert [x for p in parts for x in p["logprobs"][key]] == want["logprobs"][key]
         got = [x for p in parts for x in p["logprobs"]["token_logprobs"] if x is not None]
         expected = [x for x in want["logprobs"]["token_logprobs"] if x is not None]
         assert got == pytest.approx(expected, abs=TOLERANCE)
