@@ -1,4 +1,5 @@
-# make demo: the whole path on this machine. make test: every test. Both install what they need first.
+# make demo: the whole path on this machine. make test: the tests; make test-long: those of minutes each.
+# Each installs what it needs first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ TORCH := 2.13.0
 # vLLM pins other versions than this package: an environment of its own, with this checkout on its path.
 VLLM := .venv-vllm
 
-.PHONY: install demo test test-vllm lint format clean browser
+.PHONY: install demo test test-long test-vllm lint format clean browser
 
 install: $(STAMP)
 
@@ -24,10 +25,14 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/qwen-ray demo --out runs/demo
 
-# Two files at a time, and then what starts clusters or takes long by itself: those want both cores.
+# Two files at a time, and then what starts clusters by itself: those want both cores.
 test: install browser
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not cluster and not slow"
-	$(BIN)/python -m pytest -m "cluster or slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not cluster and not long"
+	$(BIN)/python -m pytest -m "cluster and not long"
+
+# Runs that are killed again and again, nodes that come and go. CI runs them too.
+test-long: install
+	$(BIN)/python -m pytest -m long
 
 $(VLLM)/.installed:
 	$(PYTHON) -m venv $(VLLM)

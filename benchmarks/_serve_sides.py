@@ -1,8 +1,10 @@
-"""What serve_eval.py and serve_generate.py share: random adapters, and taking turns."""
+"""What serve_eval.py and serve_generate.py share: random adapters, turns, CPU time of processes."""
 
 from __future__ import annotations
 
+import os
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,3 +75,34 @@ def in_turns(
         "per_second": {side: work / median[side]["seconds"] for side in runs},
         "runs": runs,
     }
+
+
+def own_cpu() -> float:
+    return time.process_time()
+
+
+def served_cpu() -> float:
+    """This process (the client) and every Serve process its Ray started; from /proc, so Linux only."""
+    total, tick = own_cpu(), os.sysconf("SC_CLK_TCK")
+    stats: dict[int, tuple[int, float]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has just ended
+        stats[int(entry.parent.name)] = (int(fields[1]), (int(fields[11]) + int(fields[12])) / tick)
+    for pid, (parent, seconds) in stats.items():
+        ancestor = parent
+        while ancestor != os.getpid() and ancestor in stats:
+            ancestor = stats[ancestor][0]
+        if ancestor == os.getpid() and _serves(pid):
+            total += seconds
+    return total
+
+
+def _serves(pid: int) -> bool:
+    try:
+        title = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return title.startswith((b"ray::Serve", b"ray::Proxy"))

@@ -28,8 +28,17 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import _common
-from _serve_sides import ADAPTERS, Answers, agreement, best_of, in_turns, make_adapters
-from eval_throughput import own_cpu, served_cpu, write_task
+from _serve_sides import (
+    ADAPTERS,
+    Answers,
+    agreement,
+    best_of,
+    in_turns,
+    make_adapters,
+    own_cpu,
+    served_cpu,
+)
+from _serve_task import write_task
 
 MODEL = "tiny"
 BATCH_SIZES = (8, 32, 64)

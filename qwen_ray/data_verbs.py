@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from qwen_ray.errors import EXIT_OK, UserError
-from qwen_ray.options import example, group, positive, set_option, verb
+from qwen_ray.options import example, group, pair, positive, set_option, verb
 from qwen_ray.verbs import Output
 
 
@@ -120,9 +120,7 @@ def source_paths(items: list[str]) -> dict[str, list[str]]:
     """``NAME=PATH`` options; a name may have several paths."""
     paths: dict[str, list[str]] = {}
     for item in items:
-        name, equals, path = item.partition("=")
-        if not equals or not name or not path:
-            raise UserError(f"'{item}' is not NAME=PATH", where="--source")
+        name, path = pair(item, "--source")
         paths.setdefault(name, []).append(path)
     return paths
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from qwen_ray.errors import UserError
 from qwen_ray.verbs import Verb
 
 
@@ -43,3 +44,22 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value
+
+
+def pair(item: str, option: str, form: str = "NAME=PATH") -> tuple[str, str]:
+    """The two sides of an option's ``A=B``."""
+    name, equals, value = item.partition("=")
+    if not equals or not name or not value:
+        raise UserError(f"'{item}' is not {form}", where=option)
+    return name, value
+
+
+def pairs(items: list[str], option: str, form: str = "NAME=PATH") -> dict[str, str]:
+    """A repeated option ``A=B`` as a dict; each A once."""
+    found: dict[str, str] = {}
+    for item in items:
+        name, value = pair(item, option, form)
+        if name in found:
+            raise UserError(f"'{name}' is named twice", where=option)
+        found[name] = value
+    return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ray.data.records import Record
 from qwen_ray.errors import EXIT_OK, UserError, did_you_mean
-from qwen_ray.options import example, group, positive, verb
+from qwen_ray.options import example, group, pairs, positive, verb
 from qwen_ray.verbs import Output
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def train(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.routing.router import Router
     from qwen_ray.routing.training import check
 
-    adapters = _pairs(args.adapter or [])
+    adapters: dict[str, str | None] = {**pairs(args.adapter or [], "--adapter", "DOMAIN=NAME")}
     names = ("method", "false_accepts", "without", "examples")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     check(**{name: settings[name] for name in names[:3] if name in settings})
@@ -134,16 +134,6 @@ def _read(files: list[str]) -> list[Record]:
     from qwen_ray.data.formats import load_examples
 
     return [record for file in files for record in load_examples(Path(file))]
-
-
-def _pairs(items: list[str]) -> dict[str, str | None]:
-    pairs: dict[str, str | None] = {}
-    for item in items:
-        domain, _, adapter = item.partition("=")
-        if not domain or not adapter or domain in pairs:
-            raise UserError(f"'{item}' is not DOMAIN=NAME, each domain once", where="--adapter")
-        pairs[domain] = adapter
-    return pairs
 
 
 def _embedder(name: str | None) -> Embedder:

@@ -8,8 +8,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from qwen_ray.errors import EXIT_OK, UserError
-from qwen_ray.options import example, positive, set_option, verb
+from qwen_ray.errors import EXIT_OK
+from qwen_ray.options import example, pairs, positive, set_option, verb
 from qwen_ray.verbs import Output
 
 # Options and the settings that they stand for (qwen_ray.serving.settings.ServeSettings).
@@ -72,7 +72,7 @@ def serve(args: argparse.Namespace, output: Output) -> int:
 
     flags = {key: given for option, key in _FLAGS.items() if (given := getattr(args, option)) is not None}
     if args.adapter:
-        flags["adapters"] = _pairs(args.adapter, "--adapter")
+        flags["adapters"] = pairs(args.adapter, "--adapter")
     tree, _ = read_settings(Path(args.config) if args.config else None, flags=flags, sets=args.set)
     settings = ServeSettings.of(tree)
     check_exposure(args.host, settings.keys, args.no_auth)
@@ -88,16 +88,3 @@ def serve(args: argparse.Namespace, output: Output) -> int:
     finally:
         launch.stop()
     return EXIT_OK
-
-
-def _pairs(items: list[str], option: str) -> dict[str, str]:
-    """``NAME=PATH`` options as a dict."""
-    pairs: dict[str, str] = {}
-    for item in items:
-        name, equals, path = item.partition("=")
-        if not equals or not name or not path:
-            raise UserError(f"'{item}' is not NAME=PATH", where=option)
-        if name in pairs:
-            raise UserError(f"'{name}' is named twice", where=option)
-        pairs[name] = path
-    return pairs

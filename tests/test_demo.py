@@ -96,6 +96,7 @@ def test_the_demo_does_not_empty_a_folder_of_yours(tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
+@pytest.mark.long
 def test_quick_start_on_public_data(shared_data: Path, tmp_path: Path) -> None:
     """The commands of the README, on real data and the embedded model."""
     source = f"openstax_biology={shared_data / 'openstax_biology'}"

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation import suites
 from qwen_ray.evaluation.harness import evaluate
-from qwen_ray.serving.backends import EngineBackend, Ids, Sampling, Scored, _warn_truncated
+from qwen_ray.serving.backends import EngineBackend, Ids, Sampling, Scored, warn_truncated
 from qwen_ray.serving.engines.base import GenerateRequest, ScoreItem, ScoreResult
 from qwen_ray.serving.engines.decode import DecodeBatch, DecodeRow
 from qwen_ray.serving.engines.packing import ScoreBatch
@@ -162,7 +162,7 @@ class LiveBackend(EngineBackend):
         for request in requests:
             self._live.check_score(request)
         results = self._live.blank_results(requests)
-        _warn_truncated(sum(result.truncated for result in results), self.info)
+        warn_truncated(sum(result.truncated for result in results), self.info)
 
         def work(batch: ScoreBatch) -> list[tuple[int, int, float, bool]]:
             self._live.run_score(batch, results)

@@ -18,9 +18,9 @@ from qwen_ray.serving.backends import (
     Item,
     Sampling,
     Scored,
-    _warn_truncated,
     chunks,
     tokens_of,
+    warn_truncated,
 )
 from qwen_ray.serving.model_id import parse
 
@@ -88,7 +88,7 @@ class ManyBackend:
 
         self._endpoint.client.map(post, work)
         answers = self._answers(keys)
-        _warn_truncated(sum(answer.truncated for answer in answers), self.info)
+        warn_truncated(sum(answer.truncated for answer in answers), self.info)
         return [[(float(logprob), bool(greedy)) for logprob, greedy in answer.value] for answer in answers]
 
     def generate(

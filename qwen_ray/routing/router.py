@@ -103,9 +103,9 @@ class Router:
             raise UserError("a question's vector is not finite", fix="check the embedding model")
         nearest, margins = leads(similarities(rows, [*self._examples, self._background], self.method))
         return [
-            Route(
-                domain.adapter if margin >= self.calibration.threshold else None, float(margin), domain.name
-            )
+            Route(None, float(margin), domain.name, abstains=True)
+            if margin < self.calibration.threshold
+            else Route(domain.adapter, float(margin), domain.name)
             for domain, margin in zip((self.domains[i] for i in nearest), margins, strict=True)
         ]
 

@@ -18,7 +18,8 @@ NOTES = "Use these notes where they help.\n{passages}\n\n"
 
 @dataclass(frozen=True)
 class Route:
-    """The router's choice for one question. ``adapter`` None: it abstains, and the base answers.
+    """The router's choice for one question. ``adapter`` None: the base answers, as the domain has no adapter
+    or as the router ``abstains``.
 
     ``domain``: the nearest, chosen or not. ``score``: how much nearer it is than everything else (a
     difference of cosines); from the router's threshold on, it is chosen.
@@ -27,6 +28,7 @@ class Route:
     adapter: str | None
     score: float
     domain: str | None = None
+    abstains: bool = False
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class EngineBackend:
         for chunk in chunks(items, 256):
             results = self._engine.score([ScoreItem(self._adapter, *item) for item in chunk])
             out.extend([(c.total, c.greedy) for c in result.continuations] for result in results)
-            _warn_truncated(sum(result.truncated for result in results), self.info)
+            warn_truncated(sum(result.truncated for result in results), self.info)
             progress(sum(len(continuations) for _, continuations in chunk))
         return out
 
@@ -232,7 +232,7 @@ class EndpointBackend:
     def score(self, items: Sequence[Item], progress: Callable[[int], object]) -> list[list[Scored]]:
         def post(chunk: Sequence[Item]) -> list[list[Scored]]:
             (reply,) = self.score_each([self._model], chunk)
-            _warn_truncated(sum(item["truncated"] for item in reply["items"]), self.info)
+            warn_truncated(sum(item["truncated"] for item in reply["items"]), self.info)
             progress(sum(len(continuations) for _, continuations in chunk))
             return [list(zip(item["logprobs"], item["greedy"], strict=True)) for item in reply["items"]]
 
@@ -314,7 +314,8 @@ def tokens_of(item: Item) -> int:
     return len(context) + sum(map(len, continuations))
 
 
-def _warn_truncated(count: int, info: Info) -> None:
+def warn_truncated(count: int, info: Info) -> None:
+    """Say that ``count`` contexts lost their start, if any did."""
     if count:
         log.warning(
             "%d contexts were longer than the %d tokens of %s and lost their start",

@@ -51,7 +51,8 @@ class Assigned:
         """As the response says it."""
         about: Json = {"adapter": self.use.name}
         if self.route is not None:
-            about["route"] = {"domain": self.route.domain, "score": round(self.route.score, 4)}
+            domain = None if self.route.abstains else self.route.domain
+            about["route"] = {"domain": domain, "score": round(self.route.score, 4)}
         if self.model.rag:
             about["citations"] = [passage.citation() for passage in self.passages]
         return about
@@ -180,8 +181,9 @@ class Service:
         if not model.auto:
             return await self.assistant.retrieve(questions, model.adapter)
         found: list[list[Passage]] = [[] for _ in questions]
-        for domain in sorted({route.domain for route in routes if route.domain and route.adapter}):
-            members = [i for i, route in enumerate(routes) if route.domain == domain and route.adapter]
+        chosen = [None if route.abstains else route.domain for route in routes]
+        for domain in sorted({name for name in chosen if name}):
+            members = [i for i, name in enumerate(chosen) if name == domain]
             lists = await self.assistant.retrieve([questions[i] for i in members], domain, only=True)
             for i, passages in zip(members, lists, strict=True):
                 found[i] = passages

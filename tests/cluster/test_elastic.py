@@ -19,7 +19,7 @@ from qwen_ray.training.tracking import read_examples, read_metrics
 from tests.cluster.nodes import Cluster
 from tests.training.test_driver import command, finish, start
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 STEPS = 240
 
 

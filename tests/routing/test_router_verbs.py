@@ -79,7 +79,7 @@ def test_a_router_of_another_embedder_is_refused(folder: str) -> None:
     ("options", "said"),
     [
         (["--adapter", "biology"], "not DOMAIN=NAME"),
-        (["--adapter", "biology=a", "--adapter", "biology=b"], "each domain once"),
+        (["--adapter", "biology=a", "--adapter", "biology=b"], "'biology' is named twice"),
         (["--method", "svm"], "unknown method"),
         (["--false-accepts", "20"], "no share"),
         (["--without", "physik"], "did you mean 'physics'"),

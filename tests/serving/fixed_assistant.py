@@ -12,6 +12,9 @@ def passage(text: str, base: str = "rivers") -> Passage:
     return Passage(text, 0.9, f"{base}/1", base, 3, source="A book", license="CC BY 4.0", title="Chapter 1")
 
 
+ABSTAINS = Route(None, 0.1, "geo", abstains=True)
+
+
 class FixedAssistant:
     """``routes``: by a word of the question, else it abstains. ``passages``: by knowledge base."""
 
@@ -24,7 +27,7 @@ class FixedAssistant:
 
     async def route(self, questions: Sequence[str]) -> list[Route]:
         return [
-            next((route for word, route in self.routes.items() if word in question), Route(None, 0.1, "geo"))
+            next((route for word, route in self.routes.items() if word in question), ABSTAINS)
             for question in questions
         ]
 

@@ -223,3 +223,23 @@ def test_marks_of_a_part() -> None:
     assert (begun.first, begun.logprobs) == (4, [4.0, 5.0, 6.0, 7.0])
     assert marks.part(12, 16) is None  # ends before
     assert marks.part(0, 4) is None
+
+
+def test_memory_of_dropped_blocks_is_used_again_but_not_of_one_in_use() -> None:
+    cache, rng = PrefixCache(max_bytes=20_000), random.Random(0)
+
+    def read(fill: float) -> list[int]:
+        tokens = [rng.randrange(10**9) for _ in range(BLOCK)]
+        cache.store(None, tokens, torch.full((1, 2, 1, BLOCK, 8), fill), 0)
+        return tokens
+
+    (held,) = cache.find(None, read(-1.0))
+    places = set()
+    for number in range(200):
+        (block,) = cache.find(None, read(float(number)))
+        assert bool((block.kv == number).all())
+        places.add(block.kv.data_ptr())
+    assert len(cache) < 20
+    assert held.kv.data_ptr() not in places
+    assert bool((held.kv == -1.0).all())
+    assert len(places) <= len(cache) + 2

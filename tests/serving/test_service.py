@@ -30,6 +30,7 @@ def assistant() -> FixedAssistant:
         "river": Route("geo", 0.8, "rivers"),
         "fox": Route("law", 0.7, "law"),
         "snow": Route("gone", 0.9, "snow"),
+        "delta": Route(None, 0.9, "rivers"),
     }
     return FixedAssistant(routes, {"rivers": [passage("The river begins in the mountains.")]})
 
@@ -53,6 +54,11 @@ def greedy(loaded: TorchEngine, adapter: str | None, text: str) -> str:
     return loaded.generate([GenerateRequest(adapter, loaded.tokenizer.encode(text), 5)])[0].text
 
 
+def greedy_after_notes(loaded: TorchEngine, adapter: str | None, text: str) -> str:
+    tokens = [*loaded.tokenizer.encode(NOTES), *loaded.tokenizer.encode(text)]
+    return loaded.generate([GenerateRequest(adapter, tokens, 5)])[0].text
+
+
 def test_the_router_chooses_for_each_prompt_of_a_request(service: Service, loaded: TorchEngine) -> None:
     got = complete(service, "rand:auto", [RIVER, LAW, "1 + 2 ="])
     wanted = [greedy(loaded, key, text) for key, text in (("geo", RIVER), ("law", LAW), (None, "1 + 2 ="))]
@@ -61,7 +67,7 @@ def test_the_router_chooses_for_each_prompt_of_a_request(service: Service, loade
     assert got["qwen_ray"]["prompts"] == [
         {"adapter": "geo@1", "route": {"domain": "rivers", "score": 0.8}},
         {"adapter": "law@1", "route": {"domain": "law", "score": 0.7}},
-        {"adapter": None, "route": {"domain": "geo", "score": 0.1}},
+        {"adapter": None, "route": {"domain": None, "score": 0.1}},
     ]
 
 
@@ -145,6 +151,17 @@ def test_an_abstaining_router_reads_nothing_and_a_domain_only_its_own(
         about = complete(service, "rand:auto+rag", prompt)["qwen_ray"]["prompts"][0]
         assert about["citations"] == []
     assert complete(service, "rand:law+rag", LAW)["qwen_ray"]["prompts"][0]["citations"]  # from all of them
+
+
+def test_a_domain_without_an_adapter_is_read_about_all_the_same(
+    service: Service, loaded: TorchEngine
+) -> None:
+    """A knowledge base helps before there is an adapter; only a router that abstains reads nothing."""
+    got = complete(service, "rand:auto+rag", "Where is the delta?")
+    about = got["qwen_ray"]["prompts"][0]
+    assert (about["adapter"], about["route"]["domain"]) == (None, "rivers")
+    assert [citation["knowledge_base"] for citation in about["citations"]] == ["rivers"]
+    assert got["choices"][0]["text"] == greedy_after_notes(loaded, None, "Where is the delta?")
 
 
 def test_passages_that_leave_no_room_are_left_out(service: Service, assistant: FixedAssistant) -> None:

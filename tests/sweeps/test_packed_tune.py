@@ -80,7 +80,7 @@ def child(process: subprocess.Popen[bytes], titles: tuple[str, ...]) -> psutil.P
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_anywhere_it_ends_as_if_nobody_had_touched_it(
     undisturbed: tuple[Path, dict[int, Any]], tmp_path: Path
 ) -> None:

@@ -63,7 +63,7 @@ def adapter_bytes(out: Path) -> bytes:
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_and_interrupted_runs_end_as_the_undisturbed_one(tmp_path: Path, data_file: Path) -> None:
     """kill -9 of a worker: it resumes by itself. Ctrl-C and the same command again: it resumes.
 

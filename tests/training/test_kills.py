@@ -98,7 +98,7 @@ def _go(given: dict[str, Any], out: Path, *, until: int | None, victim: int) -> 
             assert rank.exitcode == (0 if until is None else -signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_killed_20_times_is_the_run_nobody_touched(strategy: str, tmp_path: Path, data_file: Path) -> None:
     sets, tolerance = STRATEGIES[strategy]

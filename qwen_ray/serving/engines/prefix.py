@@ -21,6 +21,7 @@ import torch
 
 BLOCK = 16
 DEFAULT_BYTES = 256 * 2**20
+_SLAB_BYTES = 4 * 2**20
 _BLOCK_BYTES, _MARK_BYTES, _TOP_BYTES = 1000, 40, 12  # of what is beside keys and values, about
 
 
@@ -51,16 +52,51 @@ class Marks:
         return Marks(max(self.first - start, 0), self.logprobs[a:b], self.greedy[a:b], ids, values)
 
 
+class _Slot:
+    """A place for one block's keys and values. It is free again when nobody refers to it."""
+
+    def __init__(self, place: torch.Tensor, free: list[torch.Tensor]) -> None:
+        self.place, self._free = place, free
+
+    def __del__(self) -> None:
+        self._free.append(self.place)
+
+
+class _Slabs:
+    """Memory for blocks, taken in large pieces and used again.
+
+    A tensor for each block would lie among those that each forward makes and frees, and keep the heap from
+    shrinking: with 256 MiB of blocks a server grew by as much again.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+
+    def keep(self, values: torch.Tensor) -> _Slot:
+        """A slot that holds ``values``; all have one shape and type."""
+        if not self._free:
+            count = max(1, _SLAB_BYTES // (values.numel() * values.element_size()))
+            self._free.extend(values.new_empty(count, *values.shape).unbind())
+        slot = _Slot(self._free.pop(), self._free)
+        slot.place.copy_(values)
+        return slot
+
+
 @dataclass(eq=False)
 class Block:
-    """``kv``: [layers, 2, heads, BLOCK, D]. ``marks``: of its last tokens, if some are known."""
+    """Keys and values of :data:`BLOCK` tokens. ``marks``: of its last tokens, if some are known."""
 
     parent: Block | None
     tokens: tuple[int, ...]
-    kv: torch.Tensor
+    slot: _Slot
     marks: Marks | None = None
     children: dict[tuple[int, ...], Block] = field(default_factory=dict)
     nbytes: int = 0
+
+    @property
+    def kv(self) -> torch.Tensor:
+        """[layers, 2, heads, BLOCK, D]; another block's once this one is gone."""
+        return self.slot.place
 
 
 class PrefixCache:
@@ -72,6 +108,7 @@ class PrefixCache:
         self.read = self.reused = 0  # tokens of prompts and trunks computed, and found, since the start
         self._roots: dict[str | None, dict[tuple[int, ...], Block]] = {}
         self._used: OrderedDict[Block, str | None] = OrderedDict()
+        self._slabs = _Slabs()
 
     def __len__(self) -> int:
         return len(self._used)
@@ -110,8 +147,8 @@ class PrefixCache:
             if block is None:
                 if begin < start:
                     break
-                values = kv[..., begin - start : end - start, :].clone()
-                block = children[own] = Block(parent, own, values)
+                values = kv[..., begin - start : end - start, :]
+                block = children[own] = Block(parent, own, self._slabs.keep(values))
                 self._used[block] = adapter
                 self._weigh(block, values.numel() * values.element_size() + _BLOCK_BYTES)
             if marks is not None:

@@ -90,7 +90,7 @@ function makeCard(model, body) {
 function showOrigin(part, about) {
   const { adapter, route, citations } = about;
   const said = [adapter ? `adapter ${adapter}` : "base model"];
-  if (route) said.push(adapter ? `routed as ${route.domain} (${route.score})` : "the router abstained");
+  if (route) said.push(route.domain ? `routed as ${route.domain} (${route.score})` : "the router abstained");
   part(".by").textContent = said.join(" · ");
   if (!citations) return;
   const count = citations.length;
