@@ -19,12 +19,20 @@ from typing import Any, NoReturn
 from qwen_ray import (
     __version__,
     data_verbs,
+    doctor_verbs,
     eval_verbs,
     kb_verbs,
     key_verbs,
+    manifests_verbs,
+    pipeline_verbs,
+    protocol_verbs,
+    registry_verbs,
+    report_verbs,
     router_verbs,
     serve_verbs,
+    submit_verbs,
     sweep_verbs,
+    watch_verbs,
 )
 from qwen_ray import verbs as run
 from qwen_ray.errors import (
@@ -33,7 +41,7 @@ from qwen_ray.errors import (
     EXIT_INTERRUPTED,
     UserError,
 )
-from qwen_ray.options import example, group, positive, set_option, verb
+from qwen_ray.options import example, group, positive, set_option, targets_option, verb
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -103,12 +111,18 @@ def build_parser() -> argparse.ArgumentParser:
     _add_merge(verbs)
     eval_verbs.add(verbs)
     _add_compare(verbs)
+    protocol_verbs.add(verbs)
     serve_verbs.add(verbs)
     key_verbs.add(verbs)
     kb_verbs.add(verbs)
+    pipeline_verbs.add(verbs)
     router_verbs.add(verbs)
-    _add_registry(verbs)
-    _add_report(verbs)
+    watch_verbs.add(verbs)
+    submit_verbs.add(verbs)
+    manifests_verbs.add(verbs)
+    doctor_verbs.add(verbs)
+    registry_verbs.add(verbs)
+    report_verbs.add(verbs)
     config = group(verbs, "config", "about configuration files")
     p = verb(config, "schema", run.config_schema, "JSON schema of a configuration, for editors")
     example(p, "qwen-ray config schema > run-config.schema.json")
@@ -193,52 +207,20 @@ def _add_merge(verbs: Any) -> None:
 
 def _add_compare(verbs: Any) -> None:
     p = verb(verbs, "compare", run.compare, "two results, paired by item: verdict, exit 0 promote, 3 not")
-    example(p, "qwen-ray compare runs/base.json runs/bio.json --targets biology")
-    _two_results(p)
-    p.add_argument("--min-gain", type=float, default=5.0, help="points every target must gain (%(default)g)")
-    p.add_argument("--tolerance", type=float, default=4.0, help="points a strength may lose (%(default)g)")
-    p.add_argument("--out", help="comparison file to write (JSON)")
-
-
-def _add_registry(verbs: Any) -> None:
-    registry = group(verbs, "registry", "adapter versions and what is in production")
-    p = verb(registry, "list", run.registry_list, "names, versions and aliases")
-    example(p, "qwen-ray registry list --registry runs/demo/registry")
-    _registry_option(p)
-    p = verb(registry, "add", run.registry_add, "publish a trained adapter as the next version of a name")
-    example(p, "qwen-ray registry add biology runs/bio/adapter")
-    p.add_argument("name", help="adapter name: lower-case letters, digits, dot, dash")
-    p.add_argument("folder", help="PEFT folder with lineage.json, as a run leaves it")
-    _registry_option(p)
-    p = verb(registry, "promote", run.registry_promote, "point `production` at a version")
-    example(p, "qwen-ray registry promote biology@2 --reason 'verdict of runs/comparison.json'")
-    p.add_argument("ref", help="NAME@VERSION")
-    p.add_argument("--reason", required=True, help="kept in the alias's log")
-    _registry_option(p)
-
-
-def _add_report(verbs: Any) -> None:
-    p = verb(verbs, "report", run.report, "one self-contained HTML page: curves, before/after, verdict")
-    example(p, "qwen-ray report runs/base.json runs/bio.json --run runs/bio --out runs/report.html")
-    _two_results(p)
-    p.add_argument(
-        "--run", action="append", metavar="FOLDER", help="training run whose curve to show; may be repeated"
+    example(
+        p,
+        "qwen-ray compare runs/base.json runs/bio.json --targets biology",
+        "qwen-ray compare runs/base.json runs/bio.json --gate gate.yaml",
     )
-    p.add_argument("--out", required=True, help="HTML file to write")
+    _two_results(p)
+    protocol_verbs.gate_options(p)
+    p.add_argument("--out", help="comparison file to write (JSON)")
 
 
 def _two_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("baseline", help="EvalResult before")
     parser.add_argument("candidate", help="EvalResult after")
-    parser.add_argument(
-        "--targets", help="comma-separated categories that must gain; the others must not lose (the suite's)"
-    )
-
-
-def _registry_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--registry", default="registry", metavar="FOLDER", help="the registry's folder (%(default)s)"
-    )
+    targets_option(parser)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,12 @@ def set_option(parser: argparse.ArgumentParser, such_as: str = "method.r=32") ->
     )
 
 
+def targets_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--targets", help="comma-separated categories that must gain; the others must not lose (the suite's)"
+    )
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:

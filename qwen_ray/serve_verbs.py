@@ -39,7 +39,9 @@ def add(verbs: Any) -> None:
     p.add_argument("--config", metavar="FILE", help="settings (YAML), see docs/serving.md; options go first")
     p.add_argument("--model", help="base model: alias, hub id or folder")
     p.add_argument("--engine", choices=("auto", "torch", "vllm"), help="what computes (auto)")
-    p.add_argument("--registry", metavar="FOLDER", help="adapters served as BASE:NAME[@VERSION]")
+    p.add_argument(
+        "--registry", metavar="PLACE", help="adapters served as BASE:NAME[@VERSION]: a folder or URI"
+    )
     p.add_argument(
         "--adapter",
         action="append",

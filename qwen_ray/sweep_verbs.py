@@ -27,7 +27,9 @@ def add(verbs: Any) -> None:
     p.add_argument(
         "--dry-run", action="store_true", help="print trials, packs, predicted time and memory; run nothing"
     )
-    p.add_argument("--registry", metavar="FOLDER", help="where the winner is registered (OUT/registry)")
+    p.add_argument(
+        "--registry", metavar="PLACE", help="folder or URI where the winner is registered (OUT/registry)"
+    )
     p.add_argument("--address", help="Ray cluster to join (default: $RAY_ADDRESS, else one of its own)")
     set_option(p, "search.trials=16")
 
@@ -45,15 +47,16 @@ def sweep(args: argparse.Namespace, output: Output) -> int:
         expected = forecast(prepared(spec))
         output.result(expected.to_dict(), str(expected))
         return EXIT_OK
-    registry = Path(args.registry) if args.registry else None
     try:
-        done = run_sweep(spec, resume=args.resume, note=output.note, registry=registry, address=args.address)
+        done = run_sweep(
+            spec, resume=args.resume, note=output.note, registry=args.registry, address=args.address
+        )
     except KeyboardInterrupt:
         output.note("interrupted; the same command with --resume goes on")
         return EXIT_INTERRUPTED
     model = str(spec.run.get("model", {}).get("name", "tiny"))
     output.result(
         done.result,
-        summary(done.out, done.result, model=model, registry=registry or done.out / REGISTRY),
+        summary(done.out, done.result, model=model, registry=args.registry or done.out / REGISTRY),
     )
     return EXIT_OK if done.winner is not None else EXIT_GATE_SAID_NO

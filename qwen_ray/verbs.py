@@ -115,12 +115,13 @@ def merge(args: argparse.Namespace, output: Output) -> int:
 
 
 def compare(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.evaluation.compare import Gate, compare
+    from qwen_ray.evaluation.compare import compare
+    from qwen_ray.evaluation.gate import given_gate
     from qwen_ray.evaluation.harness import read_result
     from qwen_ray.evaluation.report_text import comparison_table
     from qwen_ray.fsio import write_json
 
-    gate = Gate(min_gain=args.min_gain / 100, tolerance=args.tolerance / 100)
+    gate = given_gate(args.gate, min_gain=args.min_gain, tolerance=args.tolerance)
     targets = args.targets.split(",") if args.targets else None
     comparison = compare(
         read_result(Path(args.baseline)), read_result(Path(args.candidate)), gate, targets=targets
@@ -129,67 +130,6 @@ def compare(args: argparse.Namespace, output: Output) -> int:
         write_json(Path(args.out), comparison)
     output.result(comparison, comparison_table(comparison))
     return EXIT_OK if comparison["verdict"] == "promote" else EXIT_GATE_SAID_NO
-
-
-def registry_list(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.registry import Registry
-
-    registry = Registry(args.registry)
-    rows: list[dict[str, Any]] = [
-        {"name": name, "versions": registry.versions(name), "aliases": registry.aliases(name)}
-        for name in registry.names()
-    ]
-    text = "\n".join(
-        f"{r['name']}: versions {', '.join(map(str, r['versions']))}"
-        + "".join(f"; {alias} -> {version}" for alias, version in r["aliases"].items())
-        for r in rows
-    )
-    output.result(rows, text or "no adapter registered")
-    return EXIT_OK
-
-
-def registry_add(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.fsio import read_json
-    from qwen_ray.registry import LINEAGE, Registry
-
-    folder = Path(args.folder)
-    if not folder.is_dir():
-        raise UserError("no such adapter folder", where=args.folder, fix="name the adapter/ folder of a run")
-    version = Registry(args.registry).publish(args.name, folder, read_json(folder / LINEAGE))
-    output.result(
-        {"ref": version.ref, "path": str(version.path)}, f"registered {version.ref} at {version.path}"
-    )
-    return EXIT_OK
-
-
-def registry_promote(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.registry import PRODUCTION, Registry
-
-    name, _, number = args.ref.partition("@")
-    if not number.isdigit():
-        raise UserError(
-            f"'{args.ref}' is not NAME@VERSION", fix="for example: qwen-ray registry promote biology@2"
-        )
-    Registry(args.registry).point(name, PRODUCTION, int(number), reason=args.reason)
-    output.result({"name": name, PRODUCTION: int(number)}, f"{PRODUCTION} of {name} is version {number}")
-    return EXIT_OK
-
-
-def report(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.evaluation.compare import compare
-    from qwen_ray.evaluation.harness import read_result
-    from qwen_ray.report.build import build_report
-
-    baseline, candidate = read_result(Path(args.baseline)), read_result(Path(args.candidate))
-    targets = args.targets.split(",") if args.targets else None
-    comparison = compare(baseline, candidate, targets=targets)
-    command = f"qwen-ray report {args.baseline} {args.candidate} --out {args.out}"
-    build_report(
-        Path(args.out), comparison=comparison, baseline=baseline, candidate=candidate,
-        runs=[Path(r) for r in args.run or []], commands=[command],
-    )  # fmt: skip
-    output.result({"report": args.out, "verdict": comparison["verdict"]}, args.out)
-    return EXIT_OK
 
 
 def config_schema(args: argparse.Namespace, output: Output) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from qwen_ray.errors import UserError
+from qwen_ray.evaluation.questions import item_id, task_manager
 from qwen_ray.evaluation.statistics import wilson
 from qwen_ray.evaluation.suites import Category, Suite
 from qwen_ray.fsio import read_json
@@ -34,14 +34,10 @@ def evaluate(
     ``limit`` is the number of items of each task; ``num_fewshot`` overrides the tasks' own.
     """
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
     if data_dir is not None and not data_dir.is_dir():
         raise UserError("no such folder", where=f"--data-dir {data_dir}", fix="check the path")
-    # It warns once a task that loaders take arguments; that is how ours are meant.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    metadata = {"data_dir": str(data_dir)} if data_dir else {}
-    manager = TaskManager(include_path=str(suite.folder), include_defaults=False, metadata=metadata)
+    manager = task_manager(suite, data_dir)
     tasks = [task for category in suite.categories for task in category.tasks]
     # It would note the git commit of whatever folder this runs in, and spend seconds on facts of the machine.
     with (
@@ -101,7 +97,7 @@ def _items(category: Category, samples: dict[str, list[dict[str, Any]]]) -> list
                 {
                     "category": category.name,
                     "task": task,
-                    "id": str(sample["doc"].get("id") or f"{task}/{sample['doc_hash'][:16]}"),
+                    "id": item_id(task, sample["doc"], sample["doc_hash"]),
                     "score": float(sample[category.metric]),
                     "answer": answer,
                     "target": sample["target"],

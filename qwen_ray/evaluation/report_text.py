@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen_ray.evaluation.gate import Gate
+
 
 def result_table(result: dict[str, Any]) -> str:
     """Score and interval of each category, in points."""
@@ -18,19 +20,49 @@ def result_table(result: dict[str, Any]) -> str:
 
 
 def comparison_table(comparison: dict[str, Any]) -> str:
-    """Before, after and paired difference of each category, the verdict and why."""
-    lines = [f"  {'category':<16}{'role':<10}{'n':>5}{'before':>9}{'after':>8}{'change':>8}  95% interval"]
-    level = f"{comparison['gate']['confidence'] * 100:g}%"
-    lines[0] = lines[0].replace("95%", level)
+    """The changes of a comparison, what so few items miss, the verdict and why."""
+    return "\n".join(
+        [*change_lines(comparison, Gate.model_validate(comparison["gate"])), *verdict_lines(comparison)]
+    )
+
+
+def change_lines(comparison: dict[str, Any], gate: Gate) -> list[str]:
+    """Before, after, paired difference and test of each category, and what so few items miss.
+
+    ``p``: of the paired test, corrected for the number of categories; of a control as it is.
+    """
+    level = f"{gate.confidence * 100:g}% interval"
+    lines = [
+        f"  {'category':<16}{'role':<10}{'n':>5}{'before':>9}{'after':>8}{'change':>8}  {level:<16}{'p':>7}"
+    ]
     for row in [*comparison["categories"], *comparison["controls"]]:
         lo, hi = (100 * v for v in row["delta_ci"])
+        p = row.get("p_corrected", row["p"])
         lines.append(
             f"  {row['name']:<16}{row['role']:<10}{row['n']:>5}{100 * row['baseline']:>9.1f}"
-            f"{100 * row['candidate']:>8.1f}{100 * row['delta']:>+8.1f}  [{lo:+.1f}, {hi:+.1f}]"
+            f"{100 * row['candidate']:>8.1f}{100 * row['delta']:>+8.1f}  {f'[{lo:+.1f}, {hi:+.1f}]':<16}"
+            f"{'<0.001' if p < 0.001 else f'{p:.3f}':>7}"
         )
-    lines.append(f"verdict: {comparison['verdict']}")
-    lines += [f"  - {reason}" for reason in comparison["reasons"]]
-    return "\n".join(lines)
+    return lines + [f"  {sentence}" for sentence in too_few(comparison, gate)]
+
+
+def verdict_lines(judged: dict[str, Any]) -> list[str]:
+    """The verdict and its reasons."""
+    return [f"verdict: {judged['verdict']}", *(f"  - {reason}" for reason in judged["reasons"])]
+
+
+def too_few(comparison: dict[str, Any], gate: Gate) -> list[str]:
+    """A sentence for each category without a certain change whose items easily miss one as small as the gate
+    asks about: the gain of a target, the tolerance of a strength."""
+    suite, sentences = comparison["baseline"]["suite"], []
+    for row in comparison["categories"]:
+        asked = gate.min_gain if row["role"] == "target" else gate.tolerance_of(suite, row["name"])
+        if row["detectable"] > asked and row["delta_ci"][0] <= 0 <= row["delta_ci"][1]:
+            sentences.append(
+                f"{row['name']}: with {row['n']} items you cannot see a change of {100 * asked:g} points; "
+                f"one of {100 * row['detectable']:.1f} shows in four of five comparisons"
+            )
+    return sentences
 
 
 def improvements_table(table: dict[str, Any]) -> str:

@@ -157,23 +157,24 @@ def _settings(
         "baseline": f"{_model_name(baseline)}, evaluated {baseline['created_at']}",
         "candidate": f"{_model_name(candidate)}, evaluated {candidate['created_at']}",
     }
-    first, second = _flat(baseline["settings"]), _flat(candidate["settings"])
+    first, second = flat(baseline["settings"]), flat(candidate["settings"])
     for key in sorted(first.keys() | second.keys()):
         before, after = first.get(key, "not set"), second.get(key, "not set")
         shown[f"evaluation: {key}"] = after if before == after else f"baseline {before}, candidate {after}"
-    for key, value in _flat(comparison.get("gate", {})).items():
+    for key, value in flat(comparison.get("gate", {})).items():
         shown[f"gate: {key}"] = value
     return shown
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted keys, with their values as text."""
+    found: dict[str, str] = {}
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
-            flat |= _flat(item, f"{prefix}{key}.")
+            found |= flat(item, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
-    return flat
+            found[f"{prefix}{key}"] = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+    return found
 
 
 def _model_name(result: dict[str, Any]) -> str:

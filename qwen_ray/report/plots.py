@@ -151,9 +151,9 @@ def plain(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def plot_text(name: str) -> str:
+def plot_text(name: str, length: int = 24) -> str:
     """A name that mathtext leaves alone, short enough to leave room for the plot."""
-    short = name if len(name) <= 24 else f"{name[:23]}…"
+    short = name if len(name) <= length else f"{name[: length - 1]}…"
     return short.replace("$", r"\$")
 
 

@@ -46,10 +46,18 @@ def control_rows(
 def _rows(
     comparison: dict[str, Any], key: str, baseline: dict[str, Any], candidate: dict[str, Any]
 ) -> list[Row]:
+    gate, suite = comparison.get("gate", {}), comparison.get("baseline", {}).get("suite", "")
     return [
-        _row(row, comparison.get("gate", {}), baseline[key], candidate[key])
+        _row(row, gate_of(gate, suite, row["name"]), baseline[key], candidate[key])
         for row in comparison.get(key, [])
     ]
+
+
+def gate_of(gate: dict[str, Any], suite: str, category: str) -> dict[str, Any]:
+    """The gate with this category's own tolerance."""
+    own = gate.get("tolerances", {})
+    default = gate.get("tolerance", 0.0)
+    return {**gate, "tolerance": own.get(f"{suite}/{category}", own.get(category, default))}
 
 
 def _row(row: dict[str, Any], gate: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> Row:
@@ -62,7 +70,7 @@ def _row(row: dict[str, Any], gate: dict[str, Any], before: dict[str, Any], afte
             )
     # Controls carry their role by where they stand.
     role = row.get("role", "control")
-    meaning, tone = _meaning(role, row["delta"], row["delta_ci"], gate)
+    meaning, tone = meaning_of(role, row["delta"], row["delta_ci"], gate)
     return Row(
         name=name,
         role=role,
@@ -83,7 +91,7 @@ def _points(interval: list[float]) -> tuple[float, float]:
     return 100 * interval[0], 100 * interval[1]
 
 
-def _meaning(role: str, delta: float, interval: list[float], gate: dict[str, Any]) -> tuple[str, str]:
+def meaning_of(role: str, delta: float, interval: list[float], gate: dict[str, Any]) -> tuple[str, str]:
     """What a change means depends on the role: a target must gain, a strength and a control must not move."""
     low, high = interval
     if role == "target":

@@ -54,9 +54,14 @@ class Store:
         with self.reading():
             return sorted(name for name in self._tables() if CURRENT in self._open(name).tags.list())
 
+    @property
+    def there(self) -> bool:
+        """Whether the root can hold anything yet: a folder is made by the first build."""
+        return self._remote or Path(self.root).is_dir()
+
     def check(self) -> None:
         """Raise :class:`UserError` where the root is a folder and not there."""
-        if not self._remote and not Path(self.root).is_dir():
+        if not self.there:
             raise UserError("no knowledge bases here: no such folder", where=self.root, fix=_FIX, status=503)
 
     def current(self, name: str) -> int:

@@ -106,6 +106,7 @@ class AdapterStore:
         self._places: int | None = getattr(host, "max_adapters", None)
         self._catalog = Catalog(registry=registry, folders=folders)
         self.available, self.listing = self._catalog.available, self._catalog.listing
+        self.canary = self._catalog.canary
         self._on_model = on_model or self._one_at_a_time
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # by Found.key, least recently used first
         self._answered: dict[tuple[str, str | None], Found] = {}

@@ -40,7 +40,7 @@ from qwen_ray.serving.protocol import (
     ScoreRequest,
     TokenizeRequest,
 )
-from qwen_ray.serving.usage import usages
+from qwen_ray.serving.usage import failed, prompts, usages
 
 _METRICS_SECONDS = 1.0  # waited for a replica's own figures
 
@@ -107,10 +107,10 @@ class _Routes:
         self._check(body)
         envelope = await self._in_time(self._client.call(method, body), self._until())
         self._metrics.heard(envelope)
-        if "error" in envelope:
-            return self._failure(envelope["error"])
         record: Record = request.scope[RECORD]
-        record.answered = usages(body, envelope["ok"])
+        if "error" in envelope:
+            return self._failure(envelope["error"], record)
+        record.answered, record.prompts = usages(body, envelope["ok"]), prompts(envelope["ok"])
         return JSONResponse(envelope["ok"])
 
     async def answer_or_stream(
@@ -124,9 +124,9 @@ class _Routes:
         chunks, until = self._client.stream(method, body), self._until()
         # Wait for the first token, so that what fails before it is an HTTP error and not a broken stream.
         first = await self._in_time(anext(chunks, None), until)
-        if first is not None and "error" in first:
-            return self._failure(first["error"])
         record: Record = request.scope[RECORD]
+        if first is not None and "error" in first:
+            return self._failure(first["error"], record)
         self._metrics.first_token(record.route, time.monotonic() - record.started)
         events = self._events(record, body, first, chunks, until=until, tell_usage=told)
         return StreamingResponse(events, media_type="text/event-stream")
@@ -154,8 +154,9 @@ class _Routes:
             seconds = self._limits.timeout_seconds
             return {"error": {"status": 504, "message": f"the request took longer than {seconds:g} s"}}
 
-    def _failure(self, error: dict[str, Any]) -> Response:
+    def _failure(self, error: dict[str, Any], record: Record) -> Response:
         status = error["status"]
+        record.answered, record.prompts = failed(error), prompts(error)
         if status == 429:
             self._metrics.rejected("engine")
         code = MODEL_NOT_FOUND if status == 404 else None
@@ -191,6 +192,7 @@ class _Routes:
         finally:
             # A client that leaves early has used what it was sent: about a token a chunk.
             record.answered = usages(body, {"usage": {"completion_tokens": sent}} | answer)
+            record.prompts = prompts(answer)
             if (close := getattr(chunks, "aclose", None)) is not None:
                 await close()
 

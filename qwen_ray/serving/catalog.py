@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen_ray.errors import UserError, did_you_mean
-from qwen_ray.registry import NAME, PRODUCTION, AdapterVersion, Registry
+from qwen_ray.registry import NAME, PRODUCTION, AdapterVersion, Canary, Registry
 from qwen_ray.serving.model_id import AUTO
 
 T = TypeVar("T")
@@ -24,23 +25,31 @@ Listing = list[tuple[str, dict[str, Any]]]
 
 LOOKUP_SECONDS = 3.0  # a lookup that takes longer is taken for a registry that hangs
 RETRY_SECONDS = 5.0
+CANARY_SECONDS = 2.0
 _THREADS = 4
 
 
 @dataclass(frozen=True)
 class Found:
-    """An adapter on disk. ``name``: ``NAME@VERSION``, or a folder's name. ``root``: what its files may not
-    leave. ``fixed``: what was asked for always means this adapter; an alias may move to another."""
+    """An adapter. ``name``: ``NAME@VERSION``, or a folder's name. ``place``: where on this machine it is, or
+    will be. ``root``: what its files may not leave. ``fixed``: what was asked for always means this adapter;
+    an alias may move to another."""
 
     name: str
-    folder: Path
+    place: Path
     root: Path | None
     fixed: bool = field(compare=False)
+    version: AdapterVersion | None = field(default=None, compare=False)
+
+    @property
+    def folder(self) -> Path:
+        """Its files; those of a registry in an object store are copied here first."""
+        return self.place if self.version is None else self.version.path
 
     @property
     def key(self) -> str:
         # The path is part of it: the same name and version under another root is another adapter.
-        return f"{self.name}@{self.folder}"
+        return f"{self.name}@{self.place}"
 
 
 class Catalog:
@@ -52,6 +61,7 @@ class Catalog:
         self._registry = registry
         self.folders = {name: checked_folder(name, Path(folder)) for name, folder in (folders or {}).items()}
         self._known: dict[tuple[str, str | None], Found] = {}
+        self._canaries: dict[str, tuple[float, Canary | None]] = {}
         self._listing: Listing = []
         self._late: set[Future[Any]] = set()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="registry")
@@ -84,10 +94,23 @@ class Catalog:
         else:
             version = self._asked(lambda registry: registry.resolve(name, at))
             fixed = at is not None and at.isdigit()
-            found = Found(version.ref, version.path, self._registry.root, fixed)
+            found = Found(version.ref, version.folder, self._registry.root, fixed, version)
             self._known[name, str(version.version)] = replace(found, fixed=True)
         self._known[name, at] = found
         return found
+
+    async def canary(self, name: str) -> Canary | None:
+        """The canary of a name, as it was within the last :data:`CANARY_SECONDS`; while the registry cannot
+        be read, as it was last."""
+        if self._registry is None or name in self.folders:
+            return None
+        at, known = self._canaries.get(name, (-CANARY_SECONDS, None))
+        now = time.monotonic()
+        if now - at >= CANARY_SECONDS:
+            with contextlib.suppress(UserError):
+                known = await self._in_time(lambda: self._asked(lambda registry: registry.canary(name)))
+            self._canaries[name] = (now, known)
+        return known
 
     def remembered(self, name: str, at: str | None) -> Found | None:
         """What :meth:`look_up` found last."""
@@ -95,14 +118,8 @@ class Catalog:
 
     @property
     def reachable(self) -> bool:
-        """Whether the registry's folder is there. What is left of a lost mount is an empty folder."""
-        if self._registry is None:
-            return True
-        try:
-            root = self._registry.root
-            return root.is_dir() and (not self._known or any(root.iterdir()))
-        except OSError:
-            return False
+        """Whether the registry is there."""
+        return self._registry is None or self._registry.reachable(used=bool(self._known))
 
     def available(self, fingerprint: str = "") -> Listing:
         """What can be asked for now.
@@ -139,8 +156,11 @@ class Catalog:
             if name in self.folders or name == AUTO:
                 continue
             aliases = registry.aliases(name)
+            archived = registry.archived(name)
             for version in registry.versions(name):
-                facts = _facts(registry.get(name, version), aliases)
+                if version in archived:
+                    continue
+                facts = _facts(version, registry.lineage(name, version), aliases)
                 if fingerprint and (facts["base"] or {}).get("fingerprint") != fingerprint:
                     continue
                 if aliases.get(PRODUCTION) == version:
@@ -158,7 +178,9 @@ class Catalog:
                 return ask(self._registry)
             except OSError as e:
                 raise unreachable() from e
-            except UserError:
+            except UserError as e:
+                if e.status == 503:
+                    raise unreachable() from e
                 # Asked again: it may have gone, and come back, meanwhile.
                 if last and self.reachable:
                     raise
@@ -201,12 +223,11 @@ def unreachable() -> UserError:
     )
 
 
-def _facts(adapter: AdapterVersion, aliases: dict[str, int]) -> dict[str, Any]:
-    lineage = adapter.lineage
+def _facts(version: int, lineage: dict[str, Any], aliases: dict[str, int]) -> dict[str, Any]:
     return {
         "source": "registry",
-        "version": adapter.version,
-        "aliases": sorted(alias for alias, version in aliases.items() if version == adapter.version),
+        "version": version,
+        "aliases": sorted(alias for alias, meant in aliases.items() if meant == version),
         "base": lineage.get("base"),
         "parent": lineage.get("parent"),
         "run": lineage.get("run"),

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -35,6 +36,8 @@ class Record:
     started: float
     status: int | None = None
     answered: list[Usage] = field(default_factory=list)
+    prompts: list[dict[str, Any]] = field(default_factory=list)
+    """What the response says of each prompt, an error's too if that much was known."""
 
 
 RECORD = "qwen_ray.record"
@@ -78,7 +81,9 @@ class Gate:
         finally:
             seconds = time.monotonic() - record.started
             answered = record.answered or [Usage(UNKNOWN if record.route in _OF_MODELS else NONE)]
-            self._metrics.finished(record.route, record.status or 500, seconds, answered)
+            self._metrics.finished(
+                record.route, record.status or 500, seconds, answered, prompts=record.prompts
+            )
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
         """Answer the request, or say why not."""

@@ -15,7 +15,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from prometheus_client.registry import Collector
 
-from qwen_ray.serving.usage import Usage
+from qwen_ray.serving.usage import NONE, UNKNOWN, Usage
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_OK, _SERVER_ERROR, _BUSY = 200, 500, 503
 _SILENT_SECONDS = 300.0  # after which a replica that said nothing is taken for gone
 
 
@@ -69,11 +70,40 @@ class Metrics:
             ["reason"],
             registry=self._registry,
         )
+        self._adapter_seconds = Histogram(
+            "qwen_ray_adapter_seconds",
+            "Of requests that succeeded, from head to end of the answer, by what answered.",
+            ["adapter"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._routed = Counter(
+            "qwen_ray_routed",
+            "Questions for :auto by the router's choice: an adapter, the base as the domain has no adapter "
+            "that is served, or abstained.",
+            ["domain", "outcome"],
+            registry=self._registry,
+        )
+        self._canary = Counter(
+            "qwen_ray_canary_requests",
+            "Requests that a canary was to answer. failed: it could not be loaded, and production answered; "
+            "or the answer was an error of the server, other than 503.",
+            ["adapter", "outcome"],
+            registry=self._registry,
+        )
         running = Gauge("qwen_ray_requests_in_flight", "Requests that run now.", registry=self._registry)
         running.set_function(in_flight)
 
-    def finished(self, route: str, status: int, seconds: float, answered: Sequence[Usage]) -> None:
-        """A request has ended."""
+    def finished(
+        self,
+        route: str,
+        status: int,
+        seconds: float,
+        answered: Sequence[Usage],
+        *,
+        prompts: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """A request has ended. ``prompts``: what its response says of each."""
         self._seconds.labels(route).observe(seconds)
         for usage in answered:
             self._requests.labels(usage.adapter, route, status).inc()
@@ -81,6 +111,19 @@ class Metrics:
                 self._prompt.labels(usage.adapter).inc(usage.prompt)
             if usage.completion:
                 self._completion.labels(usage.adapter).inc(usage.completion)
+            if status == _OK and usage.adapter not in (NONE, UNKNOWN):
+                self._adapter_seconds.labels(usage.adapter).observe(seconds)
+        for prompt in prompts:
+            if "route" in prompt:
+                domain = prompt["route"]["domain"]
+                chosen = "abstained" if domain is None else "adapter" if prompt["adapter"] else "base"
+                self._routed.labels(domain or "", chosen).inc()
+        canaries = {prompt["canary"]: prompt["adapter"] for prompt in prompts if "canary" in prompt}
+        for canary, adapter in canaries.items():
+            if adapter != canary or (status >= _SERVER_ERROR and status != _BUSY):
+                self._canary.labels(canary, "failed").inc()
+            elif status == _OK:
+                self._canary.labels(canary, "answered").inc()
 
     def first_token(self, route: str, seconds: float) -> None:
         """A stream has begun."""

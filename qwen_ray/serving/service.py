@@ -10,17 +10,18 @@ import asyncio
 import base64
 import logging
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen_ray import models
 from qwen_ray.errors import UserError
 from qwen_ray.registry import NAME, Registry
 from qwen_ray.serving.adapters import DEFAULT_BYTES, AdapterStore, Use
 from qwen_ray.serving.assistant import NOTES, Assistant, NoAssistant, Passage, Route, question_of
+from qwen_ray.serving.canary import on_canary
 from qwen_ray.serving.completions import Completions, Json, Plan, Prompt, finite
 from qwen_ray.serving.engines.base import ScoreItem, ScoreResult, ServedEngine
 from qwen_ray.serving.engines.packing import check_ids
@@ -34,6 +35,8 @@ from qwen_ray.serving.protocol import (
     TokenizeRequest,
 )
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 
@@ -46,6 +49,8 @@ class Assigned:
     passages: list[Passage]
     route: Route | None = None
     prefix: list[int] = field(default_factory=list)
+    canary: str | None = None
+    """The canary whose turn it is; another answers only if that one cannot be loaded."""
 
     def describe(self) -> Json:
         """As the response says it."""
@@ -53,9 +58,19 @@ class Assigned:
         if self.route is not None:
             domain = None if self.route.abstains else self.route.domain
             about["route"] = {"domain": domain, "score": round(self.route.score, 4)}
+        if self.canary is not None:
+            about["canary"] = self.canary
         if self.model.rag:
             about["citations"] = [passage.citation() for passage in self.passages]
         return about
+
+
+class _Failed(Exception):
+    """A request failed, for the reason that is this one's cause, after it was known what would answer it."""
+
+    def __init__(self, assigned: Sequence[Assigned]) -> None:
+        super().__init__()
+        self.assigned = [*assigned]
 
 
 class Service:
@@ -65,7 +80,7 @@ class Service:
         self,
         engine: ServedEngine,
         *,
-        registry: Path | None = None,
+        registry: Path | str | None = None,
         adapters: dict[str, Path] | None = None,
         adapter_bytes: int = DEFAULT_BYTES,
         assistant: Assistant | None = None,
@@ -146,26 +161,70 @@ class Service:
 
     @asynccontextmanager
     async def _assigned(
-        self, model: str, questions: Callable[[], list[str]], count: int
+        self,
+        model: str,
+        questions: Callable[[], list[str]],
+        count: int,
+        *,
+        openings: Callable[[], list[str]] | None = None,
     ) -> AsyncIterator[list[Assigned]]:
-        """What answers each of the ``count`` prompts of a request, with the adapters held in memory."""
+        """What answers each of the ``count`` prompts of a request, with the adapters held in memory.
+
+        ``openings``: how the conversation of each began, if it is one: all of it goes to the same version.
+        """
         parsed = self._known(model)
         asked = [question_of(text) for text in questions()] if parsed.auto or parsed.rag else []
         routes = await self.assistant.route(asked) if parsed.auto else []
         passages = await self._passages(parsed, asked, routes) if parsed.rag else [[]] * count
         async with AsyncExitStack() as stack:
-            if not parsed.auto:
+            if parsed.auto:
+                texts = (openings or questions)()
+                assigned = await self._routed(stack, parsed, routes, texts, passages)
+            else:
                 used = await stack.enter_async_context(self.store.use(parsed))
-                yield [Assigned(parsed, used, found) for found in passages]
-                return
-            uses = {name: await self._chosen(stack, parsed, name) for name in {r.adapter for r in routes}}
-            yield [
-                Assigned(parsed, uses[route.adapter], found, route)
-                for route, found in zip(routes, passages, strict=True)
-            ]
+                assigned = [Assigned(parsed, used, found) for found in passages]
+            try:
+                yield assigned
+            except _Failed as e:  # of a request for several models
+                e.assigned += assigned
+                raise
+            except Exception as e:
+                raise _Failed(assigned) from e
 
-    async def _chosen(self, stack: AsyncExitStack, model: ModelId, adapter: str | None) -> Use:
-        """The adapter that the router chose; the base where it is not served."""
+    async def _routed(
+        self,
+        stack: AsyncExitStack,
+        model: ModelId,
+        routes: Sequence[Route],
+        texts: Sequence[str],
+        passages: Sequence[list[Passage]],
+    ) -> list[Assigned]:
+        """The router's choices, at their production versions, or at a canary where it is its turn."""
+        canaries = {name: await self.store.canary(name) for name in _each(r.adapter for r in routes) if name}
+        assigned = []
+        for route, text, found in zip(routes, texts, passages, strict=True):
+            one = Assigned(model, Use(), found, route)
+            canary = canaries.get(route.adapter or "")
+            if route.adapter and canary and on_canary(route.adapter, canary, text):
+                one.canary = f"{route.adapter}@{canary.version}"
+            assigned.append(one)
+        wanted = _each((one.route.adapter if one.route else None, one.canary) for one in assigned)
+        uses = {key: await self._chosen(stack, model, *key) for key in wanted}
+        for one in assigned:
+            one.use = uses[one.route.adapter if one.route else None, one.canary]
+        return assigned
+
+    async def _chosen(
+        self, stack: AsyncExitStack, model: ModelId, adapter: str | None, canary: str | None
+    ) -> Use:
+        """The adapter that the router chose; the base where it is not served. A canary that cannot be loaded
+        fails no request."""
+        if canary is not None:
+            try:
+                asked = ModelId(model.base, adapter, canary.partition("@")[2])
+                return await stack.enter_async_context(self.store.use(asked))
+            except UserError as e:
+                log.warning("the canary %s cannot answer: %s", canary, e.what)
         try:
             return await stack.enter_async_context(self.store.use(ModelId(model.base, adapter)))
         except UserError as e:
@@ -292,7 +351,9 @@ class Service:
         """The plan of a request, and what its answer says of who answered."""
         if isinstance(body, ChatRequest):
             users = [message.content for message in body.messages if message.role == "user"]
-            async with self._assigned(body.model, lambda: users[-1:] or [""], 1) as (one,):
+            async with self._assigned(
+                body.model, lambda: users[-1:] or [""], 1, openings=lambda: users[:1] or [""]
+            ) as (one,):
                 prompt = Prompt(self._talk(body, one), adapter=one.use.key)
                 yield self._completions.plan_chat(body, prompt), _answered([one])
             return
@@ -369,7 +430,16 @@ def _vector(values: Sequence[float], form: str) -> list[float] | str:
     return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
 
 
-def _error(e: Exception) -> Json:
+def _each(names: Iterable[T]) -> list[T]:
+    """Each once, in order."""
+    return list(dict.fromkeys(names))
+
+
+def _error(e: BaseException) -> Json:
+    if isinstance(e, _Failed):
+        assert e.__cause__ is not None
+        envelope = _error(e.__cause__)
+        return {"error": envelope["error"] | _answered(e.assigned)}
     if isinstance(e, UserError):
         message = e.what + (f" ({e.fix})" if e.fix else "")
         return {"error": {"status": e.status, "message": message, "retry_after": e.retry_after}}

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from qwen_ray.config import Section, validate
 from qwen_ray.serving.assistant import NOTES
 from qwen_ray.serving.limits import Limits
+from qwen_ray.storage import is_uri
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -44,8 +45,9 @@ class ServeSettings(Section):
     """Alias (tiny, 0.5b ... 32b, 3b-instruct ...), hub id (OWNER/NAME) or folder."""
     engine: Literal["auto", "torch", "vllm"] = "auto"
     """What computes. auto: vLLM where replicas have GPUs and it is installed, else the embedded engine."""
-    registry: Path | None = None
-    """Folder of adapters by name and version, on a file system that all machines of replicas have."""
+    registry: str | Path | None = None
+    """Adapters by name and version: a folder on a file system that all machines of replicas have, or the URI
+    of an object store."""
     adapters: dict[str, Path] = Field(default_factory=dict)
     """PEFT folders by name, without versions."""
     pinned: list[str] = Field(default_factory=list)
@@ -92,10 +94,12 @@ class ServeSettings(Section):
     def of(cls, args: Mapping[str, Any]) -> ServeSettings:
         """Checked, with full paths, as replicas start elsewhere. :class:`UserError` names what is wrong."""
         settings = validate(cls, args, where="serve", origin={})
-        paths = {name: value for name in ("registry", "router", "keys") if (value := getattr(settings, name))}
+        paths = {name: value for name in ("router", "keys") if (value := getattr(settings, name))}
         update: dict[str, Any] = {name: path.expanduser().resolve() for name, path in paths.items()}
-        if settings.knowledge and "://" not in settings.knowledge:
-            update["knowledge"] = str(Path(settings.knowledge).expanduser().resolve())
+        for name in ("registry", "knowledge"):
+            place = getattr(settings, name)
+            if place and not is_uri(place):
+                update[name] = str(Path(place).expanduser().resolve())
         return settings.model_copy(update=update)
 
     @property

@@ -27,6 +27,12 @@ class Usage:
         return self.prompt + self.completion
 
 
+def prompts(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a response says of each prompt: who answered it, and how that was chosen."""
+    answers = answer["models"].values() if "models" in answer else [answer]
+    return [one for each in answers for one in each.get("qwen_ray", {}).get("prompts", [])]
+
+
 def usages(body: BaseModel | None, answer: dict[str, Any]) -> list[Usage]:
     """Of each adapter that took part. Where a request's prompts went to several, OpenAI's usage counts them
     together: each is given its share by number of prompts. Scores are counted item by item."""
@@ -41,6 +47,11 @@ def usages(body: BaseModel | None, answer: dict[str, Any]) -> list[Usage]:
     return [Usage(name, prompt * share, completion * share) for name, share in shares.items()]
 
 
+def failed(error: dict[str, Any]) -> list[Usage]:
+    """Who was at a request that failed, as the error says; nobody if that was not known yet."""
+    return [Usage(name) for name in dict.fromkeys(one["adapter"] or BASE for one in prompts(error))]
+
+
 def _of_scores(body: ScoreRequest, answer: dict[str, Any]) -> list[Usage]:
     sizes = [len(item.context) + sum(map(len, item.continuations)) for item in body.items]
     tokens: Counter[str] = Counter()
@@ -52,4 +63,4 @@ def _of_scores(body: ScoreRequest, answer: dict[str, Any]) -> list[Usage]:
 
 def _names(answer: dict[str, Any]) -> list[str]:
     """What answered each prompt."""
-    return [one["adapter"] or BASE for one in answer["qwen_ray"]["prompts"]]
+    return [one["adapter"] or BASE for one in prompts(answer)]

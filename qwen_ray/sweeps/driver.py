@@ -55,7 +55,7 @@ def run_sweep(
     *,
     resume: bool,
     note: Note,
-    registry: Path | None = None,
+    registry: Path | str | None = None,
     address: str | None = None,
 ) -> SweepResult:
     """Search, confirm and register as ``spec`` says; ``resume`` goes on with the sweep in its folder.
@@ -84,7 +84,7 @@ def run_sweep(
 
 
 def _run(
-    spec: SweepConfig, sweep: dict[str, Any], *, registry: Path, address: str | None, note: Note
+    spec: SweepConfig, sweep: dict[str, Any], *, registry: Path | str, address: str | None, note: Note
 ) -> dict[str, Any]:
     out = Path(spec.out)
 

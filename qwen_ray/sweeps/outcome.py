@@ -34,7 +34,7 @@ Job = tuple[str, str, str | None]
 """Name of an EvalResult, the model it is of, and the PEFT folder that is put on it."""
 
 
-def conclude(spec: SweepConfig, out: Path, *, sweep_id: str, registry: Path) -> dict[str, Any]:
+def conclude(spec: SweepConfig, out: Path, *, sweep_id: str, registry: Path | str) -> dict[str, Any]:
     """Choose and register the winner of the trials in ``OUT/trials``; returns what goes into result.json.
 
     Goes on where an earlier call was interrupted.
@@ -209,7 +209,7 @@ def _compared(out: Path, before: str, after: str, tolerance: float) -> Confirmed
 
 
 def _register(
-    spec: SweepConfig, out: Path, trial: TrialRecord, result: dict[str, Any], root: Path
+    spec: SweepConfig, out: Path, trial: TrialRecord, result: dict[str, Any], root: Path | str
 ) -> str | None:
     """Publish the winner's adapter, once, as the name's candidate; None where it trained every weight."""
     left = artifact(trial)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def summary(out: Path, result: dict[str, Any], *, model: str, registry: Path) -> str:
+def summary(out: Path, result: dict[str, Any], *, model: str, registry: Path | str) -> str:
     """Trials, what was confirmed, the winner, and how to serve it. ``model``: the base, as it is named."""
     lines = [*_trials(result), "", *_confirmed(result), *_verdict(result)]
     lines += [f"report:   {out / 'report.html'}"]

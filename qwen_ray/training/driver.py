@@ -160,7 +160,7 @@ def locked(out: Path) -> Iterator[None]:
 
 def _open_run(out: Path, config: RunConfig) -> dict[str, Any]:
     if (out / RUN).is_file():
-        if _decides(read_config(out / CONFIG)) != _decides(config):
+        if decides(read_config(out / CONFIG)) != decides(config):
             raise UserError(
                 "this folder holds a run with another configuration",
                 where=str(out / CONFIG),
@@ -174,7 +174,7 @@ def _open_run(out: Path, config: RunConfig) -> dict[str, Any]:
     return run
 
 
-def _decides(config: RunConfig) -> str:
+def decides(config: RunConfig) -> str:
     return sha256_json([config.rows_a_step, config.model_dump(mode="json", exclude=_FREE)])
 
 

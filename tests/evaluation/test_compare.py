@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -9,7 +10,16 @@ import pytest
 
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation.compare import Gate, compare
-from qwen_ray.evaluation.statistics import paired_difference, wilson
+from qwen_ray.evaluation.report_text import comparison_table
+from qwen_ray.evaluation.statistics import (
+    detectable_difference,
+    holm,
+    mcnemar,
+    paired_difference,
+    paired_p,
+    smallest_difference,
+    wilson,
+)
 
 ROLES = {"biology": "target", "arithmetic": "strength"}
 
@@ -72,6 +82,76 @@ def test_scores_between_zero_and_one_use_students_t() -> None:
     delta, lo, hi = paired_difference([0.1, 0.2, 0.3], [0.2, 0.3, 0.5])
     assert delta == pytest.approx(0.4 / 3)
     assert (lo, hi) == pytest.approx((0.4 / 3 - 4.3027 / 30, 0.4 / 3 + 4.3027 / 30), abs=1e-4)
+
+
+def test_mcnemar_is_the_exact_binomial_test() -> None:
+    from scipy.special import bdtr
+
+    for gained, lost in [(6, 0), (0, 6), (12, 2), (1, 9), (60, 85), (400, 340)]:
+        assert mcnemar(gained, lost) == pytest.approx(2 * bdtr(min(gained, lost), gained + lost, 0.5))
+    assert mcnemar(12, 2) == (1 + 14 + 91) / 2**13
+    assert mcnemar(7, 7) == mcnemar(0, 0) == 1
+    assert 0.008 < mcnemar(3000, 2800) < 0.0094  # beyond what a float of 2^5800 would hold; z = 2.61
+
+
+def test_paired_p_of_right_and_wrong_and_of_other_scores() -> None:
+    assert paired_p([1.0] * 5 + [0.0] * 15, [1.0] * 13 + [0.0] * 7) == 2 / 2**8
+    before, after = [0.1, 0.2, 0.3, 0.9], [0.2, 0.3, 0.5, 0.8]
+    x = 0.075 / math.sqrt(0.0475 / 3 / 4) / math.sqrt(3)  # of the differences 0.1, 0.1, 0.2, -0.1
+    closed = 1 - 2 / math.pi * (x / (1 + x * x) + math.atan(x))  # Student's t with 3 degrees of freedom
+    assert paired_p(before, after) == pytest.approx(closed)
+    assert paired_p(after, before) == pytest.approx(closed)
+    assert paired_p([0.3, 0.5], [0.3, 0.5]) == paired_p([0.3], [0.9]) == 1
+
+
+def test_holm_against_a_worked_example() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_the_rows_have_tests_corrected_for_their_number() -> None:
+    before = {"biology": right(25, 100), "arithmetic": right(99, 100), "untaught": right(5, 100)}
+    after = {"biology": right(80, 100), "arithmetic": right(93, 100), "untaught": right(20, 100)}
+    comparison = compare(result(before), result(after))
+    biology, arithmetic = comparison["categories"]
+    assert biology["p"] == mcnemar(55, 0)
+    assert biology["p_corrected"] == 2 * biology["p"]
+    assert arithmetic["p"] == arithmetic["p_corrected"] == 2 / 2**6
+    assert arithmetic["changed"] == 0.06
+    (control,) = comparison["controls"]
+    assert control["p"] == mcnemar(15, 0)
+    assert "p_corrected" not in control
+
+
+def test_a_hundred_items_do_not_show_five_points() -> None:
+    assert 0.08 < smallest_difference(100, changed=0.1) < smallest_difference(100, changed=0.3) < 0.2
+    assert smallest_difference(100, changed=0.01) > 0.05  # five points need five changed items
+    assert smallest_difference(5) == 1.0  # five of five by chance: p = 0.0625
+    assert smallest_difference(500, power=0.9) > smallest_difference(500, power=0.8)
+    assert smallest_difference(500, confidence=0.99) > smallest_difference(500, confidence=0.95)
+    changed = [1.0, 0.0] * 10
+    assert detectable_difference(
+        right(80, 100) + changed, right(80, 100) + changed[1:] + [1.0], at_least=0.05
+    ) == smallest_difference(120, changed=20 / 120)
+    same = right(80, 100)
+    assert detectable_difference(same, same, at_least=0.05) == smallest_difference(100, changed=0.05)
+    assert detectable_difference([0.5] * 9, [0.5] * 8 + [0.6], at_least=0) == pytest.approx(
+        2.8016 / 90, abs=1e-5
+    )
+
+
+def test_the_table_says_what_so_few_items_miss() -> None:
+    before = {"biology": right(25, 100), "arithmetic": right(99, 100)}
+    comparison = compare(result(before), result({**before, "biology": right(28, 100)}))
+    said, least = comparison_table(comparison), 100 * comparison["categories"][0]["detectable"]
+    assert 7.6 < least < 7.7
+    assert f"biology: with 100 items you cannot see a change of 5 points; one of {least:.1f} shows" in said
+    assert "arithmetic: with 100 items you cannot see a change of 4 points" in said
+    said = comparison_table(compare(result(before), result({**before, "biology": right(80, 100)})))
+    assert "biology: with 100 items" not in said  # the gain is plain
+    many = {"biology": right(2500, 10000)}
+    assert "cannot see" not in comparison_table(compare(result(many), result(many)))
 
 
 def verdict(
@@ -137,7 +217,7 @@ def test_pairs_by_item_not_by_order() -> None:
     after["items"].reverse()
     row = compare(before, after)["categories"][0]
     assert row["delta"] == 0
-    assert set(row) == {"name", "role", "n", "baseline", "candidate", "delta", "delta_ci"}
+    assert row["changed"] == 0
 
 
 def test_controls_are_apart_and_decide_nothing() -> None:

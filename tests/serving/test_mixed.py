@@ -11,6 +11,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ class World:
     def replace(self, name: str) -> None:
         """Publish the next version and put it in production."""
         number = len(self.registry.versions(name)) + 1
-        version = self.registry.publish(name, self.planted[weights_of(f"{name}@{number}")], self.lineage)
+        lineage = {**self.lineage, "number": number}  # else it would be a version that is there already
+        version = self.registry.publish(name, self.planted[weights_of(f"{name}@{number}")], lineage)
         assert version.version == number
         self.registry.point(name, "production", number, reason="test")
 
@@ -212,13 +214,13 @@ def test_every_answer_is_its_adapters_own(
         async with httpx.AsyncClient(base_url=world.url, timeout=120, limits=limits) as http:
             await asyncio.gather(*(client(http) for _ in range(CLIENTS)))
 
-    publisher = threading.Thread(target=replace)
-    publisher.start()
-    try:
-        asyncio.run(clients())
-    finally:
-        done.set()
-        publisher.join()
+    with ThreadPoolExecutor(1) as pool:
+        publishing = pool.submit(replace)
+        try:
+            asyncio.run(clients())
+        finally:
+            done.set()
+    publishing.result()
     print(f"{REQUESTS} requests: {dict(tally.statuses)}, answers by {dict(tally.served)}")
     assert tally.wrong == []
     assert tally.statuses == {200: REQUESTS}  # swaps fail nobody

@@ -1,0 +1,1 @@
+"""Whether machines, a cluster and its storage are fit for what qwen-ray does there."""

@@ -1,0 +1,1 @@
+"""What happens again and again: pipelines, and the watch that starts them."""

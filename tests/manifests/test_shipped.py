@@ -1,0 +1,36 @@
+"""Everything that the project ships passes its own checks, in the production profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cel", reason="common-expression-language is not installed (extra manifests)")
+pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed (extra manifests)")
+
+from qwen_ray.manifests.check import check
+from tests.manifests.test_check import needs_kubectl
+
+ROOT = Path(__file__).parents[2]
+OVERLAYS = sorted(path.parent for path in ROOT.glob("k8s/overlays/*/kustomization.yaml"))
+VALUES = ROOT / "k8s" / "helm" / "kuberay-operator.yaml"
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_overlay(overlay):
+    report = check([str(overlay)], operator_values=VALUES)
+
+    assert [str(fault) for fault in report.faults] == []
+    kinds = {line.rpartition(": ")[2].partition("/")[0] for line in report.checked}
+    assert {"RayJob", "RayService", "CronJob", "NetworkPolicy", "PodDisruptionBudget"} <= kinds
+
+
+@pytest.mark.parametrize("folder", ["serve", "cluster"])
+def test_folder(folder):
+    files = [str(path) for path in sorted((ROOT / folder).glob("*.yaml"))]
+    report = check(files)
+
+    assert [str(fault) for fault in report.faults] == []
+    assert len(report.checked) == len(files) > 0
