@@ -47,7 +47,13 @@ def train(context: Context, inputs: Json) -> Made:
     finally:
         bar.close()
     context.note(f"  {trained.steps} steps, loss {trained.loss:.4f}")
-    outputs = {"adapter": str(trained.artifact), "steps": trained.steps, "loss": trained.loss}
+    cost = {"seconds": trained.seconds, "gpus": trained.gpus}
+    outputs = {
+        "adapter": str(trained.artifact),
+        "steps": trained.steps,
+        "loss": trained.loss,
+        "cost": cost,
+    }
     return Made(outputs, hashes(trained.artifact))
 
 
@@ -103,11 +109,17 @@ def register_inputs(context: Context) -> Json:
 
 def register(context: Context, inputs: Json) -> Made:
     """Publishing the same files and lineage again gives the version that is there."""
-    adapter = Path(context.outputs["sweep" if context.spec.sweep else "train"]["adapter"])
+    making = context.outputs["sweep" if context.spec.sweep else "train"]
+    adapter = Path(making["adapter"])
     lineage = read_json(adapter / LINEAGE)
     if inputs["manifests"]:
         lineage["prepared"] = inputs["manifests"]
     version = context.registry.publish(context.spec.name, adapter, lineage)
+    notes = context.registry.events(version.name, version=version.version, kind="note")
+    if "cost" in making and not any("cost" in note.value for note in notes):
+        # Not in the lineage: the same training again takes other seconds, and is the same version.
+        context.registry.record(version.name, version.version, "note", {"cost": making["cost"]})
+    context.reached("register: published")
     context.note(f"  {version.ref}")
     return Made({"version": version.version, "ref": version.ref})
 

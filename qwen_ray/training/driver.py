@@ -71,6 +71,10 @@ class TrainedRun:
     resumed_from: int
     loss: float
     eval_loss: float | None
+    seconds: float = 0.0
+    """Of its steps; what was lost to a failure and done again counts once."""
+    gpus: float = 0.0
+    """How many it trained on, at the most."""
     stopped: str | None = None
     """Why it ended before its last step, if it did."""
 
@@ -186,6 +190,8 @@ def _finished(out: Path, run: dict[str, Any]) -> TrainedRun:
         out=out,
         artifact=out / result["artifact"],
         steps=result["steps"],
+        seconds=round(sum(row["tokens"] / row["tokens_per_second"] for row in rows), 1),
+        gpus=result.get("gpus", 0.0),
         stopped=result.get("stopped"),
         resumed_from=result["resumed_from"],
         loss=rows[-1]["loss"],
@@ -214,7 +220,8 @@ def _run_alone(
             progress(row)
 
     try:
-        return run_rank("ddp", None, config, out, on_metrics=on_metrics)
+        result = run_rank("ddp", None, config, out, on_metrics=on_metrics)
+        return {**result, "gpus": float(torch.cuda.is_available())}
     except (UserError, FloatingPointError):
         raise
     except Exception as e:
@@ -281,7 +288,7 @@ def _run_on_ray(
     returned = result.return_value
     if "raised" in returned:
         raise returned["raised"]
-    return dict(returned)
+    return {**returned, "gpus": gpus * workers}
 
 
 def _fit(trainer: Any, out: Path, progress: Progress | None) -> Any:

@@ -138,6 +138,9 @@ def test_a_better_version_takes_the_place_of_production(place: Place, whole: End
     assert (verdict.value["run"], verdict.value["baseline"]) == (whole.result["run"], f"{WHOLE}@1")
     (evaluation,) = registry.events(WHOLE, version=2, kind="evaluation")
     assert Path(evaluation.value["location"]).is_file()
+    (note,) = registry.events(WHOLE, version=2, kind="note")
+    assert note.value["cost"]["seconds"] > 0
+    assert note.value["cost"]["gpus"] == 0
     lineage = registry.get(WHOLE, 2).lineage
     assert lineage["prepared"]["sums"]["records"] == 30
 
@@ -146,7 +149,18 @@ def told(registry: Registry, name: str) -> list[Any]:
     """What the registry says of a name, but for times, ids and hashes that hold paths or times."""
 
     def value(event: Any) -> Any:
-        left_out = {"run", "by", "location", "sha256", "created_at", "adapter", "model", "digest", "bytes"}
+        left_out = {
+            "run",
+            "by",
+            "cost",
+            "location",
+            "sha256",
+            "created_at",
+            "adapter",
+            "model",
+            "digest",
+            "bytes",
+        }
         kept = {key: v for key, v in event.value.items() if key not in left_out}
         text = json.dumps(kept, sort_keys=True).replace(name, "NAME")
         run = event.value.get("by") or ""
