@@ -120,9 +120,13 @@ class Hardware:
 
     @property
     def collective(self) -> float:
-        """Bytes/s that a GPU sends in a ring over all of them: the slowest link decides."""
+        """Bytes/s of a collective over all of them.
+
+        A ring over all GPUs enters and leaves a node once, and NCCL lays one ring through each port, so that
+        a collective has the node's ports together, at most the links within it.
+        """
         if self.nodes > 1:
-            return min(self.gpu.network, self.gpu.link)
+            return min(self.gpu.link, self.gpu.network * self.gpus_per_node)
         return self.gpu.link
 
     def __str__(self) -> str:

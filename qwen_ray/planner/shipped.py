@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -18,6 +19,8 @@ from qwen_ray.planner.hardware import Hardware, hardware
 from qwen_ray.planner.memory import PARTS
 from qwen_ray.planner.plan import Plan, plan
 from qwen_ray.planner.published import PEAKS, RATES
+from qwen_ray.planner.published_scaling import steps_table
+from qwen_ray.planner.scaling import strong_table, weak_table
 
 LENGTH = 4096
 """Tokens of a row."""
@@ -204,11 +207,16 @@ def guide_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "shipped": ("docs/planning.md", table),
     "peaks": ("docs/planning.md", peaks_table),
     "rates": ("docs/planning.md", rates_table),
     "guide": ("docs/hardware.md", guide_table),
+    "weak-infiniband": ("docs/scaling.md", partial(weak_table, "infiniband")),
+    "weak-ethernet": ("docs/scaling.md", partial(weak_table, "ethernet")),
+    "strong-infiniband": ("docs/scaling.md", partial(strong_table, "infiniband")),
+    "strong-ethernet": ("docs/scaling.md", partial(strong_table, "ethernet")),
+    "steps": ("docs/scaling.md", steps_table),
 }
 
 

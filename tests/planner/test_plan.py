@@ -188,10 +188,11 @@ def test_choose_strategy() -> None:
 
 
 def test_choose_strategy_does_without_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = GPUS["a100-40gb"].memory
     many = _config("7b", optim={"batch_size": 1}, cluster={"workers": 16})
-    assert choose_strategy(many, 16, _80GB)[0].name == "deepspeed"
+    assert choose_strategy(many, 16, small)[0].name == "deepspeed"
     monkeypatch.setattr("qwen_ray.planner.plan.find_spec", lambda name: None)
-    assert choose_strategy(many, 16, _80GB)[0].name == "fsdp"
+    assert choose_strategy(many, 16, small)[0].name == "fsdp"
     assert choose_strategy(_config("7b"), 1, _80GB)[0].name == "deepspeed"  # nothing else fits
 
 
