@@ -2,7 +2,8 @@
 data_verbs.py has both for `qwen-ray data`.
 
 Results go to stdout, everything else to stderr; with ``--json`` stdout holds one JSON document.
-Exit codes: 0 done, 1 failed while running, 2 bad input, 3 a gate said no, 130 interrupted.
+Exit codes: 0 done, 1 failed while running (also: storage or a server is away, and the same command may do
+later), 2 bad input, 3 a gate said no, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = args.verb(args, run.Output(stdout, as_json=args.json))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        code = EXIT_BAD_INPUT
+        code = EXIT_FAILED if e.status == 503 else EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         code = EXIT_INTERRUPTED

@@ -66,7 +66,11 @@ class ObjectStorage:
         with self._answering():
             try:
                 obstore.put(self._store, check_key(key), data, mode=mode)
-            except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+            except (AlreadyExistsError, PreconditionError):
+                return False
+            except FileNotFoundError:
+                if mode == "create":  # there is no such bucket
+                    raise
                 return False
         return True
 
@@ -92,15 +96,17 @@ class ObjectStorage:
             obstore.put(self._store, check_key(key), path)
 
     def download(self, key: str, path: Path) -> None:
-        """Write what is stored to a local file; :class:`Missing` where there is nothing."""
+        """Write what is stored to a local file; :class:`Missing`, and no file, where there is nothing."""
         import obstore
 
-        with self._answering(), open(path, "wb") as f:
+        with self._answering():
             try:
-                for part in obstore.get(self._store, check_key(key)):
-                    f.write(part)
+                found = obstore.get(self._store, check_key(key))
             except FileNotFoundError:
                 raise Missing(key) from None
+            with open(path, "wb") as f:
+                for part in found:
+                    f.write(part)
 
     @contextmanager
     def _answering(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,7 @@ def after(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.evaluation.protocol_text import after_text
 
     out = Path(args.out)
-    if args.latency and min(args.latency) <= 0:
+    if args.latency and not all(math.isfinite(seconds) and seconds > 0 for seconds in args.latency):
         raise UserError("not seconds above 0", where="--latency", fix="for example --latency 0.8 0.9")
     own = args.gate or args.min_gain is not None or args.tolerance is not None
     document = run_after(

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_ray.errors import EXIT_GATE_SAID_NO, EXIT_OK, UserError
+from qwen_ray.errors import EXIT_GATE_SAID_NO, EXIT_OK, UserError, did_you_mean
 from qwen_ray.options import example, group, verb
 from qwen_ray.verbs import Output
 
@@ -213,8 +213,13 @@ def card(args: argparse.Namespace, output: Output) -> int:
 
 
 def log(args: argparse.Namespace, output: Output) -> int:
+    from qwen_ray.registry.events import KINDS
     from qwen_ray.registry.text import story
 
+    if args.kind not in (None, *KINDS):
+        raise UserError(
+            f"'{args.kind}' is no kind of event", where="--kind", fix=did_you_mean(args.kind, KINDS)
+        )
     registry = _registry(args)
     registry.check(args.name)
     events = registry.events(args.name, kind=args.kind)
@@ -224,7 +229,7 @@ def log(args: argparse.Namespace, output: Output) -> int:
 
 def promote(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.registry import PRODUCTION
-    from qwen_ray.registry.records import record_override
+    from qwen_ray.registry.records import promote_against
 
     registry = _registry(args)
     if "@" not in args.ref:
@@ -237,14 +242,15 @@ def promote(args: argparse.Namespace, output: Output) -> int:
     said = verdicts[-1].value if verdicts else None
     if args.override:
         verdict = None if said is None else str(said["verdict"])
-        record_override(registry, version.name, version.version, verdict=verdict, reason=args.reason, by=by)
+        promote_against(registry, version, verdict=verdict, reason=args.reason, by=by, was=was)
     elif said is not None and said["verdict"] != "promote":
         reasons = "; ".join(said["reasons"])
         output.note(
             f"the gate said '{said['verdict']}' of {version.ref}: {reasons}\n  fix: --override, with a reason"
         )
         return EXIT_GATE_SAID_NO
-    registry.point(version.name, PRODUCTION, version.version, reason=args.reason, by=by, was=was)
+    else:
+        registry.point(version.name, PRODUCTION, version.version, reason=args.reason, by=by, was=was)
     value = {"name": version.name, PRODUCTION: version.version}
     output.result(value, f"{PRODUCTION} of {version.name} is version {version.version}")
     return EXIT_OK

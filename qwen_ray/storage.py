@@ -231,8 +231,13 @@ class LocalStorage:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As ``os.walk``, without what starts with a dot."""
-    for where, folders, names in os.walk(folder):
+    """As ``os.walk``, without what starts with a dot. A folder that cannot be read is an error."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise error
+
+    for where, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield where, folders, [name for name in names if not name.startswith(".")]
 

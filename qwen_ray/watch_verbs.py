@@ -78,8 +78,11 @@ def watch(args: argparse.Namespace, output: Output) -> int:
     with watching:
         watching.once()
     entries = watching.entries
+    undone = watching.undone
+    for text in undone:
+        output.note(text)
     output.result([asdict(entry) for entry in entries], _lines(entries) or "nothing has happened")
-    return _code(entries)
+    return EXIT_FAILED if undone else _code(entries)
 
 
 def canary_start(args: argparse.Namespace, output: Output) -> int:
@@ -98,15 +101,14 @@ def canary_start(args: argparse.Namespace, output: Output) -> int:
 
 
 def canary_stop(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.registry import Registry
+    from qwen_ray.registry import CANARY, Registry
 
     registry = Registry(args.registry)
-    running = registry.canary(args.name)
+    running = registry.aliases(args.name).get(CANARY)
     if running is None:
         raise UserError(f"'{args.name}' has no canary", where=args.registry, fix="nothing is to be stopped")
     registry.stop_canary(args.name, reason=args.reason)
-    value = {"name": args.name, "version": running.version}
-    output.result(value, f"{args.name}@{running.version} is no canary any more")
+    output.result({"name": args.name, "version": running}, f"{args.name}@{running} is no canary any more")
     return EXIT_OK
 
 
@@ -151,7 +153,7 @@ def _code(entries: list[Entry]) -> int:
     """Of one look: failed where something could not be looked at or done, else what a gate said."""
     from qwen_ray.lifecycle.runs import REFUSED
 
-    if any(entry.kind in ("failed", "trouble", "unsent") for entry in entries):
+    if any(entry.kind in ("failed", "trouble", "unsent", "dropped") for entry in entries):
         return EXIT_FAILED
     refused = any(entry.kind == "run" and entry.value["verdict"] in REFUSED for entry in entries)
     return EXIT_GATE_SAID_NO if refused else EXIT_OK

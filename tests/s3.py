@@ -12,6 +12,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
+NO_BUCKET = "no-such-bucket"
+"""The only bucket that the server does not have."""
 _MODIFIED = "2026-01-01T00:00:00.000Z"
 
 
@@ -27,6 +29,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
+        if self._key.startswith(f"{NO_BUCKET}/"):
+            return self._answer(404)
         with self.server.lock:
             have = self.server.objects.get(self._key)
             wanted, unwanted = self.headers["If-Match"], self.headers["If-None-Match"]

@@ -14,6 +14,7 @@ from qwen_ray.config import build_config
 from qwen_ray.errors import EXIT_GATE_SAID_NO, EXIT_OK, UserError
 from qwen_ray.evaluation import suites
 from qwen_ray.evaluation.questions import questions
+from qwen_ray.fsio import write_json
 from qwen_ray.serving.app import create_app
 from qwen_ray.serving.service import Service
 from qwen_ray.verbs import Output
@@ -131,6 +132,28 @@ def test_results_without_their_suite_are_shown_by_id(saved: Path) -> None:
     assert "not at hand" in (saved / "before" / "before.html").read_text()
 
 
+def test_a_rerun_that_fails_in_its_second_suite_leaves_no_document(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second_fails(model: str, adapter: Path | None, suite: str, *, out: Path, **_: Any) -> dict[str, Any]:
+        if suite == "guide":
+            raise UserError("no hub")
+        write_json(out, result)
+        return result
+
+    result, folder = json.loads((saved / "good.json").read_text()), saved / "before"
+    monkeypatch.setattr("qwen_ray.evaluation.run.evaluate_local", second_fails)
+    cli("protocol", "before", "--result", str(saved / "base.json"), "--out", str(folder))
+    rerun = ["protocol", "before", "--model", "tiny", "--out", str(folder)]
+    with pytest.raises(UserError, match="no hub"):
+        cli(*rerun, "--suite", "guide")
+    assert (folder / "before.json").exists()
+    with pytest.raises(UserError, match="no hub"):
+        cli(*rerun, "--suite", "tiny", "--suite", "guide")
+    assert json.loads((folder / "results" / "tiny.json").read_text()) == result
+    assert [path.name for path in folder.rglob("*.json")] == ["tiny.json"]
+
+
 def test_a_live_model_here_and_served(tmp_path: Path) -> None:
     """The same model twice: the settings of before are used again, nothing flips, and that is no gain."""
     folder, model = tmp_path / "before", ["--model", "tiny"]
@@ -167,7 +190,43 @@ def test_bad_input_is_named(saved: Path) -> None:
         cli("protocol", "after", "--before", str(saved), "--result", base, "--out", out)
     with pytest.raises(UserError, match="not seconds above 0"):
         cli("protocol", "after", "--before", out, "--result", base, "--latency", "0", "1", "--out", out)
+    with pytest.raises(UserError, match="not seconds above 0"):
+        cli("protocol", "after", "--before", out, "--result", base, "--latency", "0.8", "nan", "--out", out)
     assert not Path(out).exists()
+
+
+def test_after_does_not_overwrite_before(saved: Path) -> None:
+    folder, link = saved / "before", saved / "link"
+    cli("protocol", "before", "--result", str(saved / "base.json"), "--out", str(folder))
+    link.symlink_to(folder)
+    with pytest.raises(UserError, match="would be overwritten"):
+        cli("protocol", "after", "--before", str(folder), "--model", "tiny", "--out", str(link))
+    kept = json.loads((folder / "results" / "tiny.json").read_text())
+    assert kept == json.loads((saved / "base.json").read_text())
+
+
+def test_a_rerun_that_breaks_off_leaves_no_document_of_the_run_before_it(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    before, after, result = saved / "before", saved / "after", str(saved / "base.json")
+    first = ["protocol", "before", "--out", str(before), "--result", result]
+    then = ["protocol", "after", "--before", str(before), "--out", str(after), "--result", result]
+    live = ["--model", "no-such-server", "--endpoint", "http://127.0.0.1:1"]
+    cli(*first)
+    cli(*then)
+    with pytest.raises(UserError):
+        cli(*then[:-2], *live)
+    assert (after / "after.json").exists()  # nothing of it was replaced
+    monkeypatch.setattr("qwen_ray.report.protocol.write_before", full)
+    monkeypatch.setattr("qwen_ray.report.protocol.write_after", full)
+    for again in (then, first):
+        with pytest.raises(OSError, match="no space"):
+            cli(*again)
+    assert not (after / "after.json").exists()
+    assert not (before / "before.json").exists()
 
 
 def test_during_reads_a_run(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from qwen_ray import registry_verbs
+from qwen_ray import registry_verbs, watch_verbs
 from qwen_ray.errors import EXIT_GATE_SAID_NO, EXIT_OK, UserError
 from qwen_ray.registry import CANDIDATE, PRODUCTION, Registry
-from qwen_ray.registry.records import record_evaluation, record_override, record_verdict
+from qwen_ray.registry.records import promote_against, record_evaluation, record_override, record_verdict
+from qwen_ray.storage import update
 from qwen_ray.verbs import Output
 
 LINEAGE = {"base": {"id": "tiny", "fingerprint": "f" * 64}}
@@ -76,6 +77,9 @@ def test_add_and_list(run: Run, adapter: Path) -> None:
     with pytest.raises(UserError, match=r"no lineage\.json") as e:
         run("add", "bio", str(adapter))
     assert "registry import" in e.value.fix
+    (adapter / "lineage.json").write_text("[]")
+    with pytest.raises(UserError, match="no base fingerprint"):
+        run("add", "bio", str(adapter))
 
 
 def test_promote_asks_what_the_gate_said(run: Run, two: Registry, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,9 +96,43 @@ def test_promote_asks_what_the_gate_said(run: Run, two: Registry, capsys: pytest
     assert override.value == {"verdict": "hold", "reason": "checked by hand", "by": "ada"}
     run("promote", "bio@1", "--reason", "no gate asked", "--by", "bob")
     assert two.events("bio", kind="alias")[-1].value["by"] == "bob"
-    for ref, what in (("bio", "not NAME@VERSION"), ("bio@9", "no version 9"), ("law@1", "unknown adapter")):
+    for ref, what in (
+        ("bio", "not NAME@VERSION"),
+        ("bio@9", "no version 9"),
+        ("bio@²", "no '²' version"),
+        ("law@1", "unknown adapter"),
+    ):
         with pytest.raises(UserError, match=what):
             run("promote", ref, "--reason", "typo")
+
+
+def test_an_override_is_kept_with_the_move_or_not_at_all(run: Run, two: Registry) -> None:
+    with pytest.raises(UserError, match="needs a reason"):
+        run("promote", "bio@2", "--reason", " ", "--override")
+    two.unpoint("bio", CANDIDATE, reason="refused")
+    two.archive("bio", 2, reason="refused")
+    with pytest.raises(UserError, match="is archived"):
+        run("promote", "bio@2", "--reason", "needed now", "--override")
+    with pytest.raises(UserError, match="means version 1 now"):
+        promote_against(two, two.get("bio", 2), verdict="hold", reason="needed", by="ada", was=None)
+    assert two.events("bio", kind="override") == []
+    assert two.aliases("bio") == {PRODUCTION: 1}
+    two.restore("bio", 2, reason="needed")
+    run("promote", "bio@2", "--reason", "needed now", "--override")
+    text = run("show", "bio", text=True)
+    assert "override: ada decided without a verdict: needed now" in text[text.index("in production: bio@2") :]
+
+
+def test_a_canary_without_a_share_is_stopped(place: str, two: Registry) -> None:
+    """As a rollback of earlier releases left it."""
+    update(
+        two.storage,
+        "bio/state.json",
+        lambda state: {**(state or {}), "aliases": {"canary": 2}, "share": None},
+    )
+    args = argparse.Namespace(registry=place, name="bio", reason="stuck")
+    assert watch_verbs.canary_stop(args, Output(io.StringIO(), as_json=True)) == EXIT_OK
+    assert Registry(place).aliases("bio") == {}
 
 
 def test_show_says_why_it_is_in_production(run: Run, two: Registry) -> None:
@@ -129,6 +167,10 @@ def test_show_says_why_it_is_in_production(run: Run, two: Registry) -> None:
     assert "facts 3: biology 81.2% of 96 (runs/7/after.json)" in run("show", "bio@2", text=True)
     assert [event["kind"] for event in run("log", "bio", "--kind", "verdict")] == ["verdict"]
     assert len(run("log", "bio", text=True).splitlines()) == 7
+    assert run("log", "bio", "--kind", "override") == []
+    with pytest.raises(UserError, match="'verdcit' is no kind") as e:
+        run("log", "bio", "--kind", "verdcit")
+    assert e.value.fix == "did you mean 'verdict'?"
     with pytest.raises(UserError, match="unknown adapter 'law'"):
         run("show", "law")
 

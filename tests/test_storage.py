@@ -18,7 +18,7 @@ import pytest
 from qwen_ray.errors import UserError
 from qwen_ray.storage import Missing, Storage, create_document, open_storage, read_document, update
 
-from .s3 import s3_server
+from .s3 import NO_BUCKET, s3_server
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])
@@ -168,6 +168,33 @@ def test_files_of_any_size(tmp_path: Path) -> None:
     assert (tmp_path / "copy").read_bytes() == data
     with pytest.raises(Missing):
         storage.download("a/none", tmp_path / "none")  # type: ignore[union-attr]
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UserError, match="is not a key"):
+        storage.download("../copy", tmp_path / "copy")  # type: ignore[union-attr]
+    assert (tmp_path / "copy").read_bytes() == data
+
+
+def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path: Path) -> None:
+    """As without the rights to it or with the file server away: what is there is not known."""
+    storage = open_storage(tmp_path)
+    storage.create("a/b", b"")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="cannot be used") as e:
+        storage.keys("loop/")
+    assert e.value.status == 503
+    assert storage.keys("none/") == storage.keys("a/b/") == []
+
+
+def test_a_bucket_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        storage = open_storage(f"s3://{NO_BUCKET}/prefix")
+        for write in (lambda: storage.create("a", b""), lambda: create_document(storage, "a", {})):
+            with pytest.raises(UserError, match="cannot be used") as e:
+                write()
+            assert e.value.status == 503
+        assert not storage.replace("a", b"", '{"e_tag": "read before"}')
 
 
 def test_places_that_cannot_be_used_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,9 +36,7 @@ class Probe:
             "prefix": sys.prefix,
             "packages": {name: _version(name) for name in packages},
             "gpus": _gpus(),
-            "disk": {
-                path: shutil.disk_usage(path).free for path in (tempfile.gettempdir(), str(Path.home()))
-            },
+            "disk": {path: shutil.disk_usage(path).free for path in (tempfile.gettempdir(), _home())},
             "shm": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
             "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             "secrets": {name: _has_secret(name) for name in secrets},
@@ -108,6 +106,14 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _home() -> str:
+    """The home folder, or the nearest one above it that is there: it would be made in that."""
+    path = os.path.abspath(os.path.expanduser("~"))
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def _gpus() -> list[dict[str, str]]:
     """Name, driver and memory of each GPU, as nvidia-smi tells them."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -120,8 +126,12 @@ def _gpus() -> list[dict[str, str]]:
 
 
 def _has_secret(name: str) -> bool:
+    """Whether a job would find it: an empty file holds no secret."""
     folder = Path(os.environ.get("QWEN_RAY_SECRETS", "/run/secrets"))
-    return bool(os.environ.get(name)) or (folder / name).is_file()
+    try:
+        return bool(os.environ.get(name) or (folder / name).read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _hub() -> str:

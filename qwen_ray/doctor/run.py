@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -200,21 +201,33 @@ def _as_job(address: str, storage: str | None, needed: Sequence[str], note: Note
     words += ["--storage", storage] if storage else []
     words += [word for name in needed for word in ("--env", name)]
     with JobsApi(address) as api:
-        theirs = api.check()
+        try:
+            theirs = api.check()
+        except UserError as e:
+            return [Check("server", "fail", f"{e.where}: {e.what}", e.fix)]
         job_id = f"doctor-{uuid.uuid4().hex[:8]}"
         api.submit({"entrypoint": shell_command(words), "submission_id": job_id, "runtime_env": {}})
         note(f"{job_id} asks the nodes")
         log: list[str] = []
         job = follow(api, api.job(job_id), write=log.append, note=note)
     text = "".join(log)
-    try:
-        # The result is the last thing printed, and the only line that is "[".
-        rows = json.loads(text[text.rindex("\n[\n") :])
-    except ValueError:
-        raise RuntimeError(f"the checks could not be run on the cluster: {outcome(job, text)[1]}") from None
+    rows = _result(text)
+    if rows is None:
+        raise RuntimeError(f"the checks could not be run on the cluster: {outcome(job, text)[1]}")
     reached = Check("server", "ok", f"{api.address} answers, with Ray {theirs}")
     mine = [Check(**row) for row in rows]
     return [reached, *_same_qwen_ray(mine), *mine]
+
+
+def _result(log: str) -> list[dict[str, Any]] | None:
+    """What the verb printed as JSON, among whatever else is in its log: it begins at a line that is "["."""
+    for start in reversed([found.start() for found in re.finditer(r"^\[$", log, re.MULTILINE)]):
+        try:
+            rows: list[dict[str, Any]] = json.JSONDecoder().raw_decode(log, start)[0]
+        except json.JSONDecodeError:
+            continue
+        return rows
+    return None
 
 
 def _same_qwen_ray(there: Sequence[Check]) -> list[Check]:

@@ -31,7 +31,8 @@ def compare(
     ``p_corrected`` for the number of categories (Holm), and ``detectable``: the smallest true difference that
     so many items show in four of five comparisons. With the keys of :func:`judge` over this one suite.
 
-    Raises :class:`UserError` when the two did not answer the same items.
+    Raises :class:`UserError` when the two did not answer the same items with the same settings, and for a
+    score that is not from 0 to 1.
     """
     gate = gate or Gate()
     for key in ("suite", "suite_version"):
@@ -39,6 +40,13 @@ def compare(
             raise UserError(
                 f"the results are of different suites: {key} {baseline[key]} and {candidate[key]}",
                 fix="evaluate both with the same --suite and version of qwen-ray",
+            )
+    for key in ("num_fewshot", "seed"):
+        one, other = (result["settings"].get(key) for result in (baseline, candidate))
+        if one != other:
+            raise UserError(
+                f"the results are of different settings: {key} {one} and {other}",
+                fix="evaluate both with the same --fewshot and version of qwen-ray",
             )
     before, after = keyed_items(baseline), keyed_items(candidate)
     if {c: i.keys() for c, i in before.items()} != {c: i.keys() for c, i in after.items()}:
@@ -68,9 +76,18 @@ def compare(
 
 
 def keyed_items(result: dict[str, Any]) -> dict[str, Items]:
-    """Category to its items. An id that occurs twice is told apart by its occurrence."""
+    """Category to its items. An id that occurs twice is told apart by its occurrence.
+
+    Raises :class:`UserError` for a score that is not from 0 to 1: NaN would pass every gate.
+    """
     keyed: dict[str, Items] = defaultdict(dict)
     for item in result["items"]:
+        if not (isinstance(item["score"], (int, float)) and 0 <= item["score"] <= 1):
+            raise UserError(
+                f"a score of {item['score']}, which is not from 0 to 1",
+                where=f"suite '{result['suite']}', category '{item['category']}', item '{item['id']}'",
+                fix="evaluate it again",
+            )
         category, occurrence = keyed[item["category"]], 0
         while (item["id"], occurrence) in category:
             occurrence += 1

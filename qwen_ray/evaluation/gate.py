@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -174,13 +175,7 @@ def _limits(gate: Gate, latency: tuple[float, float] | None, size: int | None) -
         if latency is None:
             yield "hold", f"latency was not measured, so {limit} cannot be checked"
         else:
-            before, after = latency
-            if before <= 0:
-                raise ValueError(f"a latency of {before} seconds")
-            ratio = after / before
-            said = f"latency {1000 * after:.0f} ms at p95, {ratio:.2f} times {1000 * before:.0f} ms before"
-            over = ratio > gate.max_latency_ratio + ROUNDING
-            yield ("hold", f"{said}: above {limit}") if over else ("", f"{said}: within {limit}")
+            yield _latency(*latency, gate.max_latency_ratio, limit)
     if gate.max_adapter_bytes is not None:
         limit = f"the {gate.max_adapter_bytes:,} bytes allowed"
         if size is None:
@@ -189,6 +184,17 @@ def _limits(gate: Gate, latency: tuple[float, float] | None, size: int | None) -
             over = size > gate.max_adapter_bytes
             said = f"the adapter has {size:,} bytes"
             yield ("hold", f"{said}: above {limit}") if over else ("", f"{said}: within {limit}")
+
+
+def _latency(before: float, after: float, most: float, limit: str) -> Finding:
+    if not all(math.isfinite(seconds) and seconds > 0 for seconds in (before, after)):
+        said = f"latencies of {before:g} s before and {after:g} s after are no measurements"
+        return "hold", f"{said}, so {limit} cannot be checked"
+    ratio = after / before
+    said = f"latency {1000 * after:.0f} ms at p95, {ratio:.2f} times {1000 * before:.0f} ms before"
+    if ratio > most + ROUNDING:
+        return "hold", f"{said}: above {limit}"
+    return "", f"{said}: within {limit}"
 
 
 def _points(share: float) -> str:

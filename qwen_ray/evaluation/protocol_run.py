@@ -17,8 +17,9 @@ from qwen_ray.evaluation.gate import Gate, adapter_size
 from qwen_ray.evaluation.harness import read_result
 from qwen_ray.evaluation.protocol import Part, Questions, flipped_items, result_file, wrong_items
 from qwen_ray.evaluation.questions import questions
-from qwen_ray.fsio import read_json, write_json
+from qwen_ray.fsio import beside, read_json, write_json
 
+BEFORE, AFTER = "before.json", "after.json"
 Note = Callable[[str], None]
 
 
@@ -66,7 +67,7 @@ def run_before(
         raise UserError("nothing to benchmark", fix="give --model and --suite, or --result FILE")
     else:
         wanted = [(name, {"limit": limit, "num_fewshot": num_fewshot}) for name in asked]
-        found = _named(_benchmark(subject, wanted, out, data_dir, note))
+        found = _named(_benchmark(subject, wanted, out / BEFORE, data_dir, note))
     known = {one.name: _lasting(name) for name, one in asked.items()}
     parts = [
         _part(
@@ -75,12 +76,13 @@ def run_before(
         for name, result in found.items()
     ]
     document = protocol.before(parts, gate, below=below, failures=failures)
+    (out / BEFORE).unlink(missing_ok=True)
     for name, result in found.items():
         write_json(out / result_file(name), result)
     from qwen_ray.report.protocol import write_before
 
     write_before(out / "before.html", document)
-    write_json(out / "before.json", document)
+    write_json(out / BEFORE, document)
     return document
 
 
@@ -102,6 +104,12 @@ def run_after(
 
     ``adapter``: the folder whose size the gate may limit.
     """
+    if out.resolve() == before.resolve():
+        raise UserError(
+            "this is the folder of before, which would be overwritten",
+            where=f"--out {out}",
+            fix="give another",
+        )
     document = read_before(before)
     gate = gate or Gate.model_validate(document["gate"])
     if results:
@@ -113,7 +121,7 @@ def run_after(
         wanted = [
             (one["asked_for"], {key: one["settings"][key] for key in settings}) for one in document["suites"]
         ]
-        found = _named(_benchmark(subject, wanted, out, data_dir, note))
+        found = _named(_benchmark(subject, wanted, out / AFTER, data_dir, note))
     parts = []
     for one in document["suites"]:
         result = read_result(before / one["file"])
@@ -128,12 +136,13 @@ def run_after(
         latency=latency,
         size=None if adapter is None else adapter_size(adapter),
     )
+    (out / AFTER).unlink(missing_ok=True)
     for name, result in found.items():
         write_json(out / result_file(name), result)
     from qwen_ray.report.protocol import write_after
 
     write_after(out / "after.html", after, [part.result for part in parts], list(found.values()))
-    write_json(out / "after.json", after)
+    write_json(out / AFTER, after)
     return after
 
 
@@ -155,7 +164,7 @@ def run_during(run: Path) -> dict[str, Any]:
 
 def read_before(folder: Path) -> dict[str, Any]:
     """The document of a folder of before; :class:`UserError` if it is something else."""
-    document = read_json(folder / "before.json")
+    document = read_json(folder / BEFORE)
     if not isinstance(document, dict) or document.get("schema") != protocol.BEFORE:
         raise UserError(
             "not a folder of `qwen-ray protocol before`", where=str(folder), fix="make one with --out FOLDER"
@@ -166,24 +175,27 @@ def read_before(folder: Path) -> dict[str, Any]:
 def _benchmark(
     subject: Subject,
     wanted: Sequence[tuple[str, Mapping[str, Any]]],
-    out: Path,
+    document: Path,
     data_dir: Path | None,
     note: Note,
 ) -> list[dict[str, Any]]:
-    """Each suite with its settings; the results are in ``out`` when it returns. A model is loaded once."""
+    """Each suite with its settings; the results are beside ``document`` when it returns. A model is loaded
+    once. A document of an earlier run goes before its results do.
+    """
     from qwen_ray import models
     from qwen_ray.evaluation.run import evaluate_endpoint, evaluate_local
 
     engine, results = None, []
     for name, settings in wanted:
-        file = out / result_file(suites.load(name).name)
+        file = document.parent / result_file(suites.load(name).name)
         note(f"{name}: benchmarking {subject.model}")
+        made = beside(file, "new")
         if subject.endpoint is not None:
             result = evaluate_endpoint(
                 subject.endpoint,
                 subject.model,
                 name,
-                out=file,
+                out=made,
                 api_key=subject.api_key,
                 concurrency=subject.concurrency,
                 data_dir=data_dir,
@@ -195,8 +207,10 @@ def _benchmark(
 
                 engine = TorchEngine.load(models.resolve(subject.model))
             result = evaluate_local(
-                subject.model, subject.adapter, name, out=file, engine=engine, data_dir=data_dir, **settings
+                subject.model, subject.adapter, name, out=made, engine=engine, data_dir=data_dir, **settings
             )
+        document.unlink(missing_ok=True)
+        made.replace(file)
         results.append(result)
     return results
 

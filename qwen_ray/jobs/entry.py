@@ -28,13 +28,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _check(args.qwen_ray)
         if args.out:
-            keep_files(Path.cwd(), Path(args.out))
+            keep_files(_here(), Path(args.out))
         if rest[0] == "sweep" and args.attempt > 1:
             rest = resumed(rest)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
     os.execv(sys.executable, [sys.executable, "-m", "qwen_ray.cli", *rest])
+
+
+def _here() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        # Nodes of one machine share the place where Ray unpacks files, and each unpacks them anew.
+        raise UserError(
+            "another Ray node of this machine has replaced this job's files while it began",
+            fix="submit again",
+        ) from None
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

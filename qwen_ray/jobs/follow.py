@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from qwen_ray.errors import EXIT_FAILED, EXIT_GATE_SAID_NO, EXIT_OK, UserError
@@ -25,7 +24,8 @@ def follow(api: JobsApi, job: Job, *, write: Write, note: Write, patience: float
     """Pass on what a job prints until it is over; returns it as it then is.
 
     ``write`` gets pieces of its log, ``note`` lines about it. ``RuntimeError`` where the head does not
-    answer for ``patience`` seconds, or has forgotten the job: a new head did not start it.
+    answer for ``patience`` seconds, or has forgotten the job: a new head did not start it. What ``write``
+    raises ends the following at once.
     """
     return asyncio.run(_interruptible(_follow(api, job.id, write, note, patience)))
 
@@ -63,17 +63,29 @@ async def _follow(api: JobsApi, job_id: str, write: Write, note: Write, patience
                     shown = read
             await asyncio.sleep(_POLL)
 
-    printing = asyncio.create_task(pass_on())
-    try:
+    async def to_the_end() -> tuple[Job, str]:
+        """The job when it is over, and all that it has printed."""
         job = await _until_over(api, job_id, note, patience)
-        text = await _answered(lambda: api.logs(job_id), patience)
+        try:
+            text = await _answered(lambda: api.logs(job_id), patience)
+        except RuntimeError as e:  # how the job ended is known without its log
+            note(f"the end of {job_id}'s log could not be read: {e}")
+            return job, ""
         deadline = time.monotonic() + _LAST_WORDS
         while shown < len(text) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
+        return job, text
+
+    printing, watching = asyncio.create_task(pass_on()), asyncio.create_task(to_the_end())
+    try:
+        await asyncio.wait({printing, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if printing.done():  # it ends by an error alone, as where nobody reads what is written
+            printing.result()
+        job, text = await watching
     finally:
-        printing.cancel()
-        with suppress(asyncio.CancelledError):
-            await printing
+        for task in (printing, watching):
+            task.cancel()
+        await asyncio.gather(printing, watching, return_exceptions=True)
     if len(text) > shown:
         write(text[shown:])
     return job

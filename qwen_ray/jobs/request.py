@@ -203,6 +203,11 @@ def _keep(path: str, where: str) -> None:
     )
 
 
+def sent_inputs(request: Request) -> list[str]:
+    """The inputs that go with the job, normalised: those with a relative path."""
+    return [posixpath.normpath(p) for p in request.inputs if "://" not in p and not p.startswith(("/", "~"))]
+
+
 def check_inputs(request: Request, package: Package) -> list[str]:
     """Refuse inputs that the job will not find; returns what must be said about others."""
     notes = []

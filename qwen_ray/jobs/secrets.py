@@ -32,7 +32,7 @@ def load() -> list[str]:
             continue
         try:
             value = (folder() / name).read_text(encoding="utf-8").strip()
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             value = ""
         if value:
             os.environ[name] = value

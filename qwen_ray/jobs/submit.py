@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,18 +57,21 @@ def submit(api: JobsApi, request: Request, options: Options, *, root: Path, note
     name = _name(options.name or request.default_name)
     secrets.check_names(options.env)
     api.check()
-    last = latest(api.jobs(), name)
-    command = sha256_json([request.verb, *request.argv])
+    tree = working_tree(root)
+    # A file that was changed makes the same words another command.
+    command = sha256_json([request.verb, *request.argv, tree.digest(requests.sent_inputs(request))])
+    jobs = api.jobs()
+    last = latest(jobs, name)
     if last is not None and (how := _as_it_is(last, request, command)):
         return Submitted(last, how)
-    tree = working_tree(root)
-    for said in requests.check_inputs(request, tree):
-        note(f"note: {said}")
+    _check_alone(jobs, name, request)
     if tree.withheld:
         note(f"note: not sent, as they look like secrets: {', '.join(tree.withheld)}")
+    for said in requests.check_inputs(request, tree):
+        note(f"note: {said}")
     reserved = _entry_resources(api, request, options)
     attempt = 1 if last is None else last.attempt + 1
-    job_id = name if attempt == 1 else f"{name}-{attempt}"
+    job_id = name if attempt == 1 else f"{name}.{attempt}"  # no name has a dot
     body = {
         "entrypoint": entry_point(request, attempt, python=options.python),
         "submission_id": job_id,
@@ -84,25 +88,45 @@ def submit(api: JobsApi, request: Request, options: Options, *, root: Path, note
     }
     if not api.submit(body):
         other = api.job(job_id)
-        if other.metadata.get(keys.COMMAND) != command:
+        if not _same(other, command):
             raise UserError("another job has this id", where=job_id, fix="choose another --name")
         return Submitted(other, "joined")  # somebody was quicker, with the same
-    resumes = last is not None and not ended_well(last)
+    resumes = last is not None and _same(last, command) and not ended_well(last)
     return Submitted(api.job(job_id), "resumed" if resumes else "new")
 
 
 def _as_it_is(last: Job, request: Request, command: str) -> str | None:
     """How the newest attempt answers the request, if no other one is needed."""
-    same = last.metadata.get(keys.COMMAND) == command
+    same = _same(last, command)
     if last.over:
         return "over" if same and ended_well(last) and not request.again else None
     if not same:
         raise UserError(
-            f"a job of this name is {last.status.lower()}, with another command: {last.entrypoint}",
+            f"a job of this name is {last.status.lower()}, with another command or other files: "
+            f"{last.entrypoint}",
             where=f"--name {last.name}",
             fix=f"choose another --name, or stop it: qwen-ray stop {last.name}",
         )
     return "joined"
+
+
+def _same(job: Job, command: str) -> bool:
+    return job.metadata.get(keys.COMMAND) == command
+
+
+def _check_alone(jobs: Sequence[Job], name: str, request: Request) -> None:
+    """Refuse what a job of another name writes to: each would remove the other's files."""
+    if not request.out:
+        return
+    out = posixpath.normpath(request.out)
+    for job in jobs:
+        theirs = job.metadata.get(keys.OUT)
+        if not job.over and job.name != name and theirs and posixpath.normpath(theirs) == out:
+            raise UserError(
+                f"{job.id} is {job.status.lower()} and writes there",
+                where=f"{request.where}: {request.out}",
+                fix=f"write elsewhere, or stop it: qwen-ray stop {job.name}",
+            )
 
 
 def _runtime_environment(api: JobsApi, tree: Package, options: Options, note: Note) -> dict[str, Any]:

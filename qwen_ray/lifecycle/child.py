@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qwen_ray.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, UserError
+from qwen_ray.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UserError
 
 _STOP_SECONDS = 30.0
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 _TAIL = 500  # characters of what a failed run said last
 
 
@@ -64,6 +66,8 @@ def main(file: str) -> int:
     """Run the pipeline; its result, or why there is none, as one JSON object on stdout."""
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # Ray, lm-eval and wandb print to stdout as they like
+    for number in _ENDING:
+        signal.signal(number, _interrupt)
     code, outcome = EXIT_OK, {}
     try:
         from qwen_ray.lifecycle.pipeline import run_pipeline
@@ -74,10 +78,19 @@ def main(file: str) -> int:
         outcome = asdict(run_pipeline(PipelineSpec.read(Path(file)), note=note, trigger=trigger))
     except UserError as e:
         code, outcome = EXIT_BAD_INPUT, {"busy" if e.status == 409 else "error": str(e)}
+    except KeyboardInterrupt:
+        code, outcome = EXIT_INTERRUPTED, {"error": "it was interrupted"}
     except Exception as e:
         code, outcome = EXIT_FAILED, {"error": f"{type(e).__name__}: {e}"}
     print(json.dumps(outcome), file=stdout, flush=True)
     return code
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    """End in order, so that a server that was started is stopped; a second signal does not disturb that."""
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -55,7 +55,11 @@ def _model(context: Context, version: AdapterVersion | None) -> str:
 
 
 def benchmark_inputs(context: Context) -> Json:
-    return {"results": [_question(context, suite, v) for suite in _suites(context) for v in _two(context)]}
+    timed = context.spec.gate.max_latency_ratio is not None
+    return {
+        "results": [_question(context, suite, v) for suite in _suites(context) for v in _two(context)],
+        "latency": context.spec.benchmark.latency_requests if timed else None,
+    }
 
 
 def _two(context: Context) -> list[AdapterVersion | None]:
@@ -77,6 +81,7 @@ def _question(context: Context, suite: str, version: AdapterVersion | None) -> J
         "adapter": None if version is None else version.digest,
         "suite": [loaded.name, loaded.version, digest(loaded.folder)],
         "settings": [settings.limit, settings.num_fewshot, settings.data_dir],
+        "serve": context.spec.endpoint.serve,
     }
 
 
@@ -91,7 +96,9 @@ def benchmark(context: Context, inputs: Json) -> Made:
         if missing:
             asked = [_model(context, v) for v in missing]
             context.note(f"  {Path(suite).name}: {' and '.join(asked)}")
-            out = context.spec.folder("evaluations", sha256_json(inputs)[:16], Path(suite).name)
+            # Two suites may lie in folders of the same name.
+            folder = f"{Path(suite).name}-{digest(suites.load(suite).folder)[:8]}"
+            out = context.spec.folder("evaluations", sha256_json(inputs)[:16], folder)
             evaluate_many(
                 context.served.url,
                 asked,
@@ -112,9 +119,8 @@ def benchmark(context: Context, inputs: Json) -> Made:
         context.reached("benchmark: suite done")
         files.append([str(known[v and v.ref]) for v in versions])
     latency = None
-    if context.spec.gate.max_latency_ratio is not None:
-        both = [_model(context, v) for v in _two(context)]
-        latency = context.served.latency(both, settings.latency_requests)
+    if (requests := inputs["latency"]) is not None:
+        latency = context.served.latency([_model(context, v) for v in _two(context)], requests)
     return Made({"results": files, "latency": latency}, hashes(*(Path(f) for two in files for f in two)))
 
 
@@ -266,7 +272,7 @@ def archive(context: Context, inputs: Json) -> Made:
         leaving = [version.version]
     elif inputs["promoted"]:
         before = _before(registry, name, version.version)
-        leaving = before[: len(before) - context.spec.keep] if context.spec.keep else before
+        leaving = before[: max(0, len(before) - context.spec.keep)]
     meant = set(registry.aliases(name).values())
     archived = set(registry.archived(name))
     for number in leaving:

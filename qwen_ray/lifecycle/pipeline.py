@@ -68,8 +68,8 @@ def run_pipeline(
     ``trigger`` says why, in the run's record. ``until``: the last stage; the next call goes on after it.
     ``reached`` is told where the run is, between and inside stages.
 
-    Raises :class:`UserError` for bad input and where somebody else runs it (status 409), ``RuntimeError``
-    for a stage that failed; both name the stage.
+    Raises :class:`UserError` for bad input, where somebody else runs it (status 409), and where storage or
+    the endpoint is away (503); ``RuntimeError`` for a stage that failed. Both name the stage.
     """
     if until is not None and until not in spec.stages:
         raise UserError(f"no stage '{until}'", where="--until", fix=did_you_mean(until, spec.stages))
@@ -122,11 +122,12 @@ def _go(context: Context, until: str | None) -> PipelineResult:
         except UserError as e:
             context.state.failed(context.run.id, name, e)
             where = f"stage {name}: {e.where}".removesuffix(": ")
-            raise UserError(e.what, where=where, fix=e.fix) from e
+            status = 400 if e.status == 409 else e.status  # 409: somebody else runs the pipeline
+            raise UserError(e.what, where=where, fix=e.fix, status=status, retry_after=e.retry_after) from e
         except (RuntimeError, FloatingPointError, OSError) as e:
             context.state.failed(context.run.id, name, e)
             raise RuntimeError(f"stage {name}: {e}\nthe same command goes on from there") from e
-        if end := _ends_early(context, name):
+        if end := ends_early(context, name):
             return _end(context, end)
         if name == until:
             return PipelineResult(context.run.id, UNDER_WAY, None, False, [f"stopped after {name}"])
@@ -179,8 +180,8 @@ def _work(context: Context, stage: Stage, inputs: dict[str, Any]) -> Done:
     return done
 
 
-def _ends_early(context: Context, stage: str) -> End | None:
-    """Where there is nothing to compare."""
+def ends_early(context: Context, stage: str) -> End | None:
+    """How a run ends after ``stage`` where there is nothing to compare; else None."""
     if stage == "sweep" and context.outputs["sweep"]["adapter"] is None:
         return End("hold", None, False, ["no trial of the sweep kept the strengths"], now())
     if stage == "register" and context.version.version == context.baseline:

@@ -39,8 +39,14 @@ def run_job(
         job = _job(api, name, request, python=spec.run_on.python, computes=stage.startswith("prepare"))
         context.note(f"  Ray job {job.id} at {api.address}")
         context.reached(f"{stage}: submitted")
-        ended = follow(api, job, write=lambda text: print(text, end="", file=sys.stderr), note=context.note)
-        code, said = outcome(ended, api.logs(ended.id))
+        log: list[str] = []
+
+        def write(text: str) -> None:
+            log.append(text)
+            print(text, end="", file=sys.stderr)
+
+        ended = follow(api, job, write=write, note=context.note)
+        code, said = outcome(ended, "".join(log))
     if code not in (EXIT_OK, EXIT_GATE_SAID_NO):
         raise RuntimeError(said)
     if not leaves.exists():
@@ -54,7 +60,7 @@ def _job(api: JobsApi, name: str, request: Request, *, python: str, computes: bo
     if last is not None and not last.over:
         return last
     attempt = 1 if last is None else last.attempt + 1
-    job_id = name if attempt == 1 else f"{name}-{attempt}"
+    job_id = name if attempt == 1 else f"{name}.{attempt}"
     metadata = {keys.NAME: name, keys.ATTEMPT: str(attempt), keys.VERB: request.verb, keys.OUT: ""}
     body: dict[str, Any] = {
         "entrypoint": entry_point(request, attempt, python=python),

@@ -68,8 +68,13 @@ class Runs:
             outcome = self._running.poll()
             if outcome is None:
                 return
+            try:
+                self._ended(outcome)
+                self._state.save()
+            except BaseException:  # it is not written down that it has ended: looked at again
+                self._state.restore()
+                raise
             self._running = None
-            self._ended(outcome)
         value, now = self._state.value, self._clock()
         if value["running"] is None and (name := self._due(now)) is not None:
             triggers = value["pending"].pop(name)["triggers"]

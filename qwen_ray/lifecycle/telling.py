@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from qwen_ray.lifecycle.lease import Lease
-from qwen_ray.lifecycle.pipeline import STAGES, baseline_of, known, opened
+from qwen_ray.lifecycle.pipeline import STAGES, baseline_of, ends_early, known, opened
 from qwen_ray.lifecycle.served import Served
 from qwen_ray.lifecycle.spec import PipelineSpec
 from qwen_ray.lifecycle.stages import Context
@@ -20,7 +20,9 @@ def plan(spec: PipelineSpec) -> Json:
     """Which stages a run would work on now. Nothing is done, but what lies in object stores is fetched.
 
     What a stage would find is known only once those before it are done, so after the first one to do the
-    rest is left open. Raises :class:`UserError` for sources that are not there.
+    rest is left open. Where the run would end before the last stage, ``ends`` says how.
+
+    Raises :class:`UserError` for sources that are not there.
     """
     state, registry = opened(spec)
     baseline = baseline_of(registry, spec.name)
@@ -30,6 +32,7 @@ def plan(spec: PipelineSpec) -> Json:
     lease = Lease(state.storage, state.lease, "")
     context = Context(spec, state, registry, run, _silent, _silent, lease, Served(spec, _silent))
     rows: list[Json] = []
+    end = None
     for name in spec.stages:
         what, by = AFTER, None
         if all(row["what"] == AS_BEFORE for row in rows):
@@ -40,7 +43,11 @@ def plan(spec: PipelineSpec) -> Json:
             if done is not None:
                 context.outputs[name] = done.outputs
         rows.append({"stage": name, "what": what, "run": by})
-    return {"name": spec.name, "baseline": baseline, "goes_on_with": run.id or None, "stages": rows}
+        if what == AS_BEFORE and (end := ends_early(context, name)):
+            break
+    ends = None if end is None else {"verdict": end.verdict, "version": end.version, "reasons": end.reasons}
+    plan = {"name": spec.name, "baseline": baseline, "goes_on_with": run.id or None}
+    return {**plan, "stages": rows, "ends": ends}
 
 
 def _silent(_: str) -> None:
@@ -55,6 +62,8 @@ def plan_text(value: Json) -> str:
     for row in value["stages"]:
         by = f" (run {row['run']})" if row["run"] else ""
         lines.append(f"  {row['stage']:<10}{row['what']}{by}")
+    if ends := value["ends"]:
+        lines.append(f"it would end there: {ends['verdict']}; {'; '.join(ends['reasons'])}")
     return "\n".join(lines)
 
 
@@ -92,7 +101,7 @@ def status_text(value: Json) -> str:
         if row["end"]:
             said = _ended(row["end"])
         elif row["failure"]:
-            said = f"failed in {row['failure']['stage']}: {row['failure']['error'].splitlines()[0]}"
+            said = f"failed in {row['failure']['stage']}: {_why(row['failure'])}"
         else:
             said = f"{len(row['done'])} stages done, next: {row['next']}"
         lines.append(f"  {row['run']}  {row['at']}  {said}")
@@ -159,7 +168,7 @@ def explain_text(value: Json) -> str:
         made = f"{row['seconds']:g} s" if row["made_by"] == value["run"] else f"as in run {row['made_by']}"
         changed = f"; changed since the run before: {', '.join(row['changed'])}" if row["changed"] else ""
         lines.append(f"  {row['stage']:<10}{made}{changed}")
-    lines += [f"failed in {f['stage']} at {f['at']}: {f['error'].splitlines()[0]}" for f in value["failures"]]
+    lines += [f"failed in {f['stage']} at {f['at']}: {_why(f)}" for f in value["failures"]]
     if value["end"]:
         lines.append(_ended(value["end"]))
         lines += [f"  - {reason}" for reason in value["end"]["reasons"]]
@@ -170,6 +179,11 @@ def explain_text(value: Json) -> str:
         said = ", ".join(f"{key} {what}" for key, what in about.items() if what is not None)
         lines.append(f"registry: {event['at'][:19]} {event['kind']} of {event['name']}: {said}")
     return "\n".join(lines)
+
+
+def _why(failure: Json) -> str:
+    """The first line of a failure; its kind where it says nothing."""
+    return str(next(iter(failure["error"].splitlines()), failure["kind"]))
 
 
 def _ended(end: Json) -> str:

@@ -59,6 +59,7 @@ class Watch:
         for channel in spec.alerts.values():
             channel.check()
         self.spec, self._world, self._note = spec, world or World(), note
+        self._said = ""  # what is waited for
         self.storage = open_storage(spec.storage)
         self._lease = Lease(self.storage, LEASE, this_process(), spec.lease_seconds, clock=self._world.clock)
 
@@ -101,11 +102,17 @@ class Watch:
         """What has been written to the history since the block began."""
         return self._journal.entries
 
+    @property
+    def undone(self) -> list[str]:
+        """What could not be looked at or sent, and will be tried again."""
+        troubles, unsent = self._state.value["troubles"], len(self._state.value["outbox"])
+        left = [f"{name} cannot be watched since {iso(one['since'])}" for name, one in troubles.items()]
+        return left + ([f"alerts that no channel has taken: {unsent}"] if unsent else [])
+
     def tick(self) -> None:
         """Look at everything once. :class:`LeaseLost` if another watch may be at work."""
         for name, look in self._looks():
             self._try(name, look)
-        self._try("canary", self._follow)
         self._state.save()
         self._runs.proceed()
         self._notices.send()
@@ -124,37 +131,52 @@ class Watch:
     def forever(self) -> NoReturn:
         """Look every so many seconds, whenever nobody else does, until this is interrupted.
 
-        What takes the turn away, another watch or storage that is away, is waited out.
+        What takes the turn away, another watch or storage that is away, is waited out. A request that storage
+        did not answer does not: a pipeline that runs goes on while the lease is held.
         """
-        said = ""
         while True:
             try:
                 with self:
-                    said = ""
                     while True:
-                        self.tick()
+                        self._tick_or_wait()
                         self._world.sleep(self.spec.every_seconds)
             except (UserError, LeaseLost) as e:
                 if isinstance(e, UserError) and e.status not in (409, 503):
                     raise
-                if str(e) != said:
-                    said = str(e)
-                    self._note(f"waiting: {said}")
+                self._waiting(str(e))
                 self._world.sleep(self.spec.every_seconds)
+
+    def _tick_or_wait(self) -> None:
+        """Look; where storage is away, as it was before, again the next time."""
+        try:
+            self.tick()
+            self._said = ""
+        except UserError as e:
+            if e.status != 503:
+                raise
+            self._lease.check()
+            self._state.restore()
+            self._waiting(str(e))
+
+    def _waiting(self, why: str) -> None:
+        """Say it, once."""
+        if why != self._said:
+            self._said = why
+            self._note(f"waiting: {why}")
 
     # -- what is looked at
 
     def _looks(self) -> list[tuple[str, Callable[[], None]]]:
-        looks: list[tuple[str, Callable[[], None]]] = []
+        looks: list[tuple[str, Callable[[], None]]] = [("canary", self._follow)]
         if self.spec.data is not None:
             looks.append(("data", self._look_at_data))
         if self.spec.drift is not None:
             looks.append(("drift", self._look_at_drift))
-        if self.spec.accuracy is not None:
-            looks.append(("accuracy", self._look_at_accuracy))
         looks += [
             (f"schedules/{name}", partial(self._look_at_schedule, name)) for name in self.spec.schedules
         ]
+        if self.spec.accuracy is not None:  # it takes long
+            looks.append(("accuracy", self._look_at_accuracy))
         return looks
 
     def _look_at_data(self) -> None:

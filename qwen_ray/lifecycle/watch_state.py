@@ -25,7 +25,8 @@ class WatchState:
     def __init__(self, storage: Storage, lease: Lease) -> None:
         self._storage, self._lease = storage, lease
         self.value = read_state(storage)
-        self._before = _copied(self.value)
+        self._saved = _copied(self.value)
+        self._written = [self._saved]  # what storage may hold: a write may arrive though its answer does not
 
     def save(self) -> None:
         """Write it. :class:`LeaseLost` if another watch may be at work."""
@@ -33,12 +34,18 @@ class WatchState:
         after = _copied(self.value)
 
         def change(found: Any) -> Any:
-            if _filled(found) not in (self._before, after):
+            if _filled(found) not in self._written:
                 raise LeaseLost(f"another watch has written {self._storage.location}/{STATE}")
             return after
 
         self._lease.check()
-        self._before = update(self._storage, STATE, change)
+        self._written.append(after)
+        update(self._storage, STATE, change)
+        self._saved, self._written = after, [after]
+
+    def restore(self) -> None:
+        """Forget what has changed since :meth:`save`."""
+        self.value = _copied(self._saved)
 
 
 def read_state(storage: Storage) -> dict[str, Any]:

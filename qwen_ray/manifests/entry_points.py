@@ -26,12 +26,31 @@ if TYPE_CHECKING:
 
 OBJECT = Rules()
 OURS = "qwen_ray.serving.launch:build"
-OPERATORS = {"&&", "||", ";", "|", "&", "(", ")", "\n"}
+OPERATORS = frozenset(";&|()")
+"""Characters of which the operators between commands are made."""
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
-_COMMENT = re.compile(r"(?m)(^|\s)#.*$")
 _ALL_OF = re.compile(r"\$@|\$\{\w+\[@\]\}")  # of an array: none, one or more words
-_BEFORE = {"exec", "time", "nohup", "env", "nice"}
+_KEYWORDS = {"if", "then", "elif", "else", "while", "until", "do", "!", "{"}
+_BEFORE = {
+    "exec": {"-a"},
+    "time": {"-f", "-o"},
+    "nohup": set[str](),
+    "env": {"-u", "-C"},
+    "nice": {"-n"},
+    "timeout": {"-k", "-s"},
+}
+"""Programs that run the command after them, with those of their options that take a value."""
 _SHELLS = {"sh", "bash"}
+_TEXT = r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s;&|()'"\\])+"""
+_LAYOUT = re.compile(
+    rf"""(?P<kept>'[^']*'|"(?:\\.|[^"\\])*"|\\[^\n])"""
+    r"|(?P<gone>\\\n|(?:^|(?<=[\s;&|()]))#[^\n]*"
+    rf"|(?:(?<![^\s;&|()])\d+|&)?(?:>>?&?|<(?![<(])&?)[ \t]*{_TEXT})"
+    r"|(?P<end>\n)",
+    re.DOTALL,
+)
+"""Quoted text; line continuations, comments and redirections; the end of a line."""
+_NOT_FOR_SHLEX = re.compile(r"<<|\$'")  # here-documents, and strings with escapes
 _REQUIREMENTS = ("pip", "uv", "conda")
 
 
@@ -48,8 +67,17 @@ def entry_point(whole: Part) -> Iterator[Finding]:
 
 
 def command_faults(text: str) -> list[str]:
-    """What our parser says about every `qwen-ray ...` of a shell command."""
-    return [wrong for words in commands(text) if isinstance(wrong := parsed(words), str)]
+    """What our parser says about every `qwen-ray ...` of a shell command, and of an open quotation mark."""
+    faults = []
+    try:
+        for words in simple_commands(text):
+            ours = _arguments(words)
+            if ours is not None and isinstance(wrong := parsed(ours), str):
+                faults.append(wrong)
+    except ValueError as e:
+        if re.search("qwen.ray", text) and not _NOT_FOR_SHLEX.search(text):
+            faults.append(f"no shell command ({str(e).lower()})")
+    return faults
 
 
 def parsed(words: list[str]) -> argparse.Namespace | str:
@@ -73,30 +101,78 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The arguments of every `qwen-ray` in a shell command."""
+    """The arguments of every `qwen-ray` in a shell command; none of what shlex cannot read."""
+    with contextlib.suppress(ValueError):
+        for words in simple_commands(text):
+            ours = _arguments(words)
+            if ours is not None:
+                yield ours
+
+
+def simple_commands(text: str) -> Iterator[list[str]]:
+    """The words of every command in a shell command, without what goes before its name: assignments, ``if``,
+    ``timeout 9``. Those of a script in ``bash -c`` come after it. ValueError: see :func:`tokens`.
+    """
     words: list[str] = []
     for token in [*tokens(text), ";"]:
-        if token not in OPERATORS:
+        if not is_operator(token):
             words += [] if _ALL_OF.fullmatch(token) else [token]
             continue
-        while words and (_ASSIGNMENT.match(words[0]) or words[0] in _BEFORE):
-            words = words[1:]
-        if words[:1] == ["qwen-ray"]:
-            yield words[1:]
-        elif words[1:3] == ["-m", "qwen_ray.cli"]:
-            yield words[3:]
+        if words := _named(words):
+            yield words
+            script = _script(words)
+            if script is not None:
+                yield from simple_commands(script)
         words = []
 
 
 def tokens(text: str) -> list[str]:
-    """The words and operators of a shell command; none of one that is not for us to read."""
-    text = _COMMENT.sub("", text.replace("\\\n", " ")).replace("\n", " ; ")
-    lexer = shlex.shlex(text, posix=True, punctuation_chars=";&|()")
+    """The words and operators of a shell command, without redirections. ValueError: a quotation is open."""
+
+    def laid_out(found: re.Match[str]) -> str:
+        return found["kept"] or (" ; " if found["end"] else "")
+
+    lexer = shlex.shlex(_LAYOUT.sub(laid_out, text), posix=True, punctuation_chars="".join(OPERATORS))
     lexer.whitespace_split, lexer.commenters = True, ""
-    try:
-        return list(lexer)
-    except ValueError:  # an open quotation mark
-        return []
+    return list(lexer)
+
+
+def is_operator(token: str) -> bool:
+    return OPERATORS.issuperset(token) and token != ""
+
+
+def _named(words: list[str]) -> list[str]:
+    """A command from its name on."""
+    while words:
+        name = _base(words[0])
+        if _ASSIGNMENT.match(words[0]) or name in _KEYWORDS:
+            words = words[1:]
+        elif name in _BEFORE:
+            words = words[1:]
+            while words and words[0].startswith("-"):
+                words = words[2 if words[0] in _BEFORE[name] else 1 :]
+            words = words[1:] if name == "timeout" else words
+        else:
+            break
+    return words
+
+
+def _base(program: str) -> str:
+    return program.rpartition("/")[2]
+
+
+def _arguments(words: list[str]) -> list[str] | None:
+    """Those of `qwen-ray`; None where something else is run."""
+    if _base(words[0]) == "qwen-ray":
+        return words[1:]
+    return words[3:] if words[1:3] == ["-m", "qwen_ray.cli"] else None
+
+
+def _script(words: list[str]) -> str | None:
+    """What a shell is given with ``-c``."""
+    if _base(words[0]) not in _SHELLS:
+        return None
+    return next((words[i + 1] for i, w in enumerate(words[:-1]) if re.fullmatch(r"-\w*c", w)), None)
 
 
 def command_of(container: Part) -> str:
@@ -107,11 +183,7 @@ def command_of(container: Part) -> str:
         for name, entry in environment(container).items()
         if "value" in entry
     }
-    words = [re.sub(r"\$\((\w+)\)", lambda m: known.get(m[1], m[0]), str(word)) for word in words]
-    if words and words[0].rpartition("/")[2] in _SHELLS:
-        scripts = [words[i + 1] for i, word in enumerate(words[:-1]) if re.fullmatch(r"-\w*c", word)]
-        return scripts[0] if scripts else ""
-    return shlex.join(words)
+    return shlex.join(re.sub(r"\$\((\w+)\)", lambda m: known.get(m[1], m[0]), str(word)) for word in words)
 
 
 @OBJECT.rule("runtime-env", "keys as in Ray's runtime_env")

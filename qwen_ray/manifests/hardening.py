@@ -6,12 +6,14 @@ given a pod template.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
+from qwen_ray.manifests.entry_points import command_of, simple_commands
 from qwen_ray.manifests.faults import Finding, Rules
 from qwen_ray.manifests.objects import Part, cluster, containers, environment, items
 from qwen_ray.manifests.pod_rules import extended, inside, quantity, security
@@ -167,9 +169,17 @@ def plain_secret(pod: Part) -> Iterator[Finding]:
         for name, entry in environment(container).items():
             if entry.get("value") and SECRET.search(name):
                 yield inside(pod, container, "env"), f"{name} is written out"
+        for wrong in _written_out(command_of(container)):
+            yield inside(pod, container, "args" if container.get("args") else "command"), wrong
 
 
 JOB = Rules()
+
+
+@JOB.rule("plain-secret", "a variable that comes from a Secret: '$NAME'")
+def plain_secret_in_entry_point(spec: Part) -> Iterator[Finding]:
+    for wrong in _written_out(str(spec.get("entrypoint", ""))):
+        yield "entrypoint", wrong
 
 
 @JOB.rule("plain-secret-in-runtime-env", "give it to the pods as a variable from a Secret")
@@ -178,3 +188,14 @@ def plain_secret_in_runtime_env(spec: Part) -> Iterator[Finding]:
     for name, value in (runtime.get("env_vars") or {}).items():
         if value and SECRET.search(str(name)):
             yield "runtimeEnvYAML", f"{name} is written out, and everybody who reads the job sees it"
+
+
+def _written_out(command: str) -> Iterator[str]:
+    """A key among the words of a command, where it is no variable."""
+    with contextlib.suppress(ValueError):  # not for us to read
+        for words in simple_commands(command):
+            for word, following in zip(words, [*words[1:], ""], strict=True):
+                option, sign, value = word.partition("=")
+                value = value if sign else following
+                if option == "--api-key" and value and not value.startswith(("$", "`")):
+                    yield "the value of --api-key is written out"

@@ -41,7 +41,8 @@ class Loaded:
 
 
 def load(paths: Iterable[str]) -> Loaded:
-    """Read them all. :class:`UserError`: no such file, not YAML, a kustomization that cannot be rendered.
+    """Read them all. :class:`UserError`: no such file, not YAML, a kustomization that cannot be rendered,
+    and nothing in one of them that can be checked.
 
     ``-`` is standard input. In a folder every kustomization is rendered that no other one there includes;
     files beside and below a kustomization belong to it and are not read by themselves.
@@ -49,7 +50,7 @@ def load(paths: Iterable[str]) -> Loaded:
     loaded = Loaded()
     plain: list[Manifest] = []
     for given in paths:
-        path = Path(given)
+        path, before = Path(given), _found(loaded, plain)
         if given == "-":
             _sort(loaded, plain, "stdin", sys.stdin.read(), named=True)
         elif path.is_file() and path.name not in _KUSTOMIZATIONS:
@@ -58,9 +59,18 @@ def load(paths: Iterable[str]) -> Loaded:
             _folder(loaded, plain, path if path.is_dir() else path.parent)
         else:
             raise UserError("no such file or folder", where=given, fix="check the path")
+        if _found(loaded, plain) == before:
+            fix = "give Kubernetes objects, Serve configs or cluster-launcher files"
+            raise UserError("nothing to check", where="stdin" if given == "-" else given, fix=fix)
     if plain:
         loaded.sets.append(plain)
     return loaded
+
+
+def _found(loaded: Loaded, plain: list[Manifest]) -> int:
+    """How much there is to check, or to say, so far."""
+    read = sum(len(manifests) for manifests in (*loaded.sets, plain))
+    return read + len(loaded.serve) + len(loaded.launchers) + len(loaded.faults)
 
 
 def _folder(loaded: Loaded, plain: list[Manifest], root: Path) -> None:
@@ -93,8 +103,10 @@ def _folder(loaded: Loaded, plain: list[Manifest], root: Path) -> None:
 def _kustomization(folder: Path) -> Tree:
     for name in _KUSTOMIZATIONS:
         if (folder / name).is_file():
-            (tree, *_), _ = documents(str(folder / name), _text(folder / name))
-            return tree if isinstance(tree, dict) else {}
+            trees, _ = documents(str(folder / name), _text(folder / name))
+            if not trees:
+                raise UserError("an empty kustomization", where=str(folder / name), fix="list its resources")
+            return trees[0] if isinstance(trees[0], dict) else {}
     raise UserError("no kustomization", where=str(folder))
 
 

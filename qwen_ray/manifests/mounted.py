@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from qwen_ray.errors import UserError
-from qwen_ray.manifests.entry_points import command_of, commands, parsed
+from qwen_ray.manifests.entry_points import command_faults, command_of, commands, parsed
 from qwen_ray.manifests.faults import Fault
 from qwen_ray.manifests.objects import Manifest, Part, containers, job, mapping, pods
 from qwen_ray.verbs import Output
@@ -62,10 +62,8 @@ def _files(pod: Part, container: Part, maps: dict[tuple[str, str], Manifest]) ->
 def _of_command(text: str, files: Files) -> Iterator[Fault]:
     for path in [path for path in files if path.endswith(".sh") and path in text]:
         source, key, script = files[path]
-        for words in commands(script):
-            wrong = parsed(words)
-            if isinstance(wrong, str):
-                yield Fault(source.file, source.title, f"data.{key}", "entry-point", wrong, _FIX)
+        for wrong in command_faults(script):
+            yield Fault(source.file, source.title, f"data.{key}", "entry-point", wrong, _FIX)
         text += f"\n{script}"
     for words in commands(text):
         verb = " ".join(word for word in words[:2] if not word.startswith(("-", "/")))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from importlib import metadata
 
-from qwen_ray.manifests.entry_points import OPERATORS, our_settings, tokens
+from qwen_ray.manifests.entry_points import is_operator, our_settings, tokens
 from qwen_ray.manifests.faults import Finding, Rules
 from qwen_ray.manifests.objects import Part, cluster, groups
 from qwen_ray.manifests.pod_rules import extended, inside, quantity
@@ -99,7 +99,10 @@ def submitter_pod(spec: Part) -> Iterator[Finding]:
 def entry_point_shell(spec: Part) -> Iterator[Finding]:
     """The operator puts the entry point, as it is, at the end of the submitter's shell command."""
     if spec.get("submissionMode", "K8sJobMode") in ("K8sJobMode", "SidecarMode"):
-        rest = [token for token in tokens(str(spec.get("entrypoint", "")).rstrip()) if token in OPERATORS]
+        try:
+            rest = [token for token in tokens(str(spec.get("entrypoint", "")).rstrip()) if is_operator(token)]
+        except ValueError:  # an open quotation mark: `entry-point` says so
+            return
         if rest:
             yield (
                 "entrypoint",

@@ -19,7 +19,9 @@ from qwen_ray.registry.version import Document, parents_of
 from qwen_ray.storage import Storage, create_document, read_document
 
 RECORDED = ("evaluation", "verdict", "override", "note")
-"""Kinds that others record; the registry itself writes published, alias, archived, restored and removed."""
+"""Kinds that others record."""
+KINDS = ("published", "alias", "archived", "restored", "removed", *RECORDED)
+"""All kinds; the registry itself writes the others, and an override with the move that it is about."""
 Clock = Callable[[], datetime]
 _READERS = 8
 

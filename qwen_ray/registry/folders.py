@@ -1,7 +1,8 @@
 """Versions in a folder: ``NAME/versions/0001/`` is a PEFT folder with lineage.json and manifest.json.
 
 A version is prepared in a folder ``.new-...`` beside the others and appears by one rename. Its writer holds a
-lock on that folder, so what a dead one left can be told from what a live one is writing.
+lock on a file ``.lock-...`` of the same ending, so what a dead one left can be told from what a live one is
+writing. It is not a lock on the folder: shared file systems pass on locks of regular files only.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from qwen_ray.registry.version import (
 )
 from qwen_ray.storage import LocalStorage, make_folder
 
-_STAGING = ".new-"
+_STAGING, _LOCK = ".new-", ".lock-"
 
 
 class Folders:
@@ -52,7 +53,9 @@ class Folders:
         folder = self._versions(name)
         if not folder.is_dir():
             return []
-        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file())
+        return sorted(
+            int(p.name) for p in folder.iterdir() if p.name.isdecimal() and (p / MANIFEST).is_file()
+        )
 
     def document(self, name: str, version: int) -> Document | None:
         path = self._folder(name, version)
@@ -92,13 +95,13 @@ class Folders:
         with self._storage.locked():  # between the two nobody may take it for a dead writer's
             make_folder(folder)
             staging = Path(tempfile.mkdtemp(dir=folder, prefix=_STAGING))
-            lock = _lock(staging)
+            lock = _Lock(staging)
+            lock.take()
         try:
             yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
+            lock.remove()
 
     def open(self, name: str, version: int, document: Document) -> AdapterVersion:
         folder = self._folder(name, version)
@@ -115,16 +118,19 @@ class Folders:
         return size
 
     def leftovers(self, hours: float = 0) -> Iterator[Leftover]:
-        for path in sorted(self.root.glob(f"*/versions/{_STAGING}*")):
+        found = {*self.root.glob(f"*/versions/{_STAGING}*")}
+        found |= {_named(path, _LOCK, _STAGING) for path in self.root.glob(f"*/versions/{_LOCK}*")}
+        for path in sorted(found):
+            lock = _Lock(path)
             with self._storage.locked():
-                lock = _lock(path)
-            if lock is None:
-                continue
+                if not lock.take():
+                    continue
             try:
-                size = sum((path / rel).stat().st_size for rel in files_under(path))
-                yield Leftover(str(path), size, partial(shutil.rmtree, path, ignore_errors=True))
+                if path.is_dir():
+                    size = sum((path / rel).stat().st_size for rel in files_under(path))
+                    yield Leftover(str(path), size, partial(shutil.rmtree, path, ignore_errors=True))
             finally:
-                os.close(lock)
+                lock.remove()
 
     def _model_files(self, name: str, version: int) -> list[Path]:
         folder = self._folder(name, version)
@@ -137,18 +143,33 @@ class Folders:
         return self._versions(name) / f"{version:04d}"
 
 
-def _lock(folder: Path) -> int | None:
-    """An open lock on a folder; None if another has it, or it is gone."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd
+class _Lock:
+    """What the writer of a staging folder holds: a lock on a regular file beside it."""
+
+    def __init__(self, staging: Path) -> None:
+        self._path = _named(staging, _STAGING, _LOCK)
+        self._fd = -1
+
+    def take(self) -> bool:
+        """Whether it is ours now. To be called under the storage's lock, as no writer has its folder and not
+        yet its lock then."""
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            return False
+        return True
+
+    def remove(self) -> None:
+        """Let go of it. A folder without the file has no writer."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+def _named(path: Path, before: str, after: str) -> Path:
+    """The path beside this one with the other start of the name."""
+    return path.with_name(after + path.name.removeprefix(before))
 
 
 def _renamed(staging: Path, to: Path) -> bool:

@@ -37,7 +37,7 @@ from qwen_ray.registry.version import (
     files_of,
     hashed,
 )
-from qwen_ray.storage import Missing, create_document, read_document
+from qwen_ray.storage import Missing, check_key, create_document, read_document
 
 CACHE = "QWEN_RAY_CACHE"
 """Environment variable: the folder of local copies (``~/.cache/qwen-ray``)."""
@@ -106,6 +106,7 @@ class Objects:
 
     def _fetch(self, folder: Path, document: Document) -> None:
         """Have a whole copy in ``folder``; one whose sizes are wrong is made again."""
+        keys = {rel: check_key(f"{document.content}/{rel}") for rel in document.files}  # none leads elsewhere
         if folder.is_dir():
             sizes = {rel: (folder / rel).stat().st_size for rel in document.files if (folder / rel).is_file()}
             if sizes == {rel: facts["size"] for rel, facts in document.files.items()}:
@@ -114,9 +115,9 @@ class Objects:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
         try:
-            for rel in document.files:
+            for rel, key in keys.items():
                 (staging / rel).parent.mkdir(parents=True, exist_ok=True)
-                self._storage.download(f"{document.content}/{rel}", staging / rel)
+                self._storage.download(key, staging / rel)
             check_files(staging, document.files)
             write_json(staging / LINEAGE, document.lineage)
             write_json(staging / MANIFEST, {"files": document.files, "published_at": document.at})

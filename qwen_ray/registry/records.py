@@ -8,6 +8,7 @@ from qwen_ray.errors import UserError
 from qwen_ray.fsio import sha256_json
 from qwen_ray.registry.events import Event
 from qwen_ray.registry.registry import Registry
+from qwen_ray.registry.state import PRODUCTION, Change, Was
 from qwen_ray.registry.version import AdapterVersion
 
 _VERDICTS = ("promote", "hold", "regress")
@@ -49,6 +50,30 @@ def record_override(
     registry: Registry, name: str, version: int, *, verdict: str | None, reason: str, by: str
 ) -> Event:
     """Note that somebody promotes a version against a gate's ``verdict``, or without one (None)."""
+    return registry.record(name, version, "override", _override(f"{name}@{version}", verdict, reason, by))
+
+
+def promote_against(
+    registry: Registry,
+    version: AdapterVersion,
+    *,
+    verdict: str | None,
+    reason: str,
+    by: str,
+    was: Was = "any",
+) -> None:
+    """Point production at a version against a gate's ``verdict``, or without one (None), and note that it was
+    against it, in one step: a move that is refused (see :meth:`Registry.point`) leaves neither."""
+    value = _override(version.ref, verdict, reason, by)
+
+    def act(change: Change) -> None:
+        change.override(version.version, value)
+        change.point(PRODUCTION, version.version, reason=reason, by=by, was=was)
+
+    registry.change(version.name, act)
+
+
+def _override(ref: str, verdict: str | None, reason: str, by: str) -> dict[str, Any]:
     if not reason.strip():
-        raise UserError("an override needs a reason", where=f"{name}@{version}", fix="say why, in words")
-    return registry.record(name, version, "override", {"verdict": verdict, "reason": reason, "by": by})
+        raise UserError("an override needs a reason", where=ref, fix="say why, in words")
+    return {"verdict": verdict, "reason": reason, "by": by}

@@ -31,6 +31,7 @@ from qwen_ray.registry.version import (
     Document,
     VersionFiles,
     check_files,
+    check_lineage,
     digest_of,
     files_of,
     hashed,
@@ -112,11 +113,7 @@ class Registry:
         """
         _checked(name)
         lineage = json.loads(json.dumps(lineage))
-        base = lineage.get("base")
-        if not isinstance(base, dict) or not base.get("fingerprint"):
-            raise UserError(
-                "lineage has no base fingerprint", where=str(adapter), fix="train with qwen-ray, or add it"
-            )
+        check_lineage(lineage, adapter)
         digest = digest_of(hashed(adapter, files_of(adapter)), lineage)
 
         def same(number: int, other: Document) -> bool:
@@ -145,7 +142,7 @@ class Registry:
         Raises :class:`UserError` with HTTP status 404 for anything that is not in the registry.
         """
         at = at or PRODUCTION
-        if at.isdigit():
+        if at.isdecimal():
             return self.get(name, int(at))
         version = self.aliases(name).get(at)
         if version is None:
@@ -192,15 +189,14 @@ class Registry:
         ``was``: what the alias must mean now (None: nothing). Raises :class:`UserError`: 404 no such version,
         409 the alias means something else, or the version is archived.
         """
-        check_alias(alias)
-        if alias == CANARY:
-            raise UserError("a canary has a share", fix="start_canary(name, version, share)")
+        _check_movable(alias)
         self.get(name, version)
         self.change(name, lambda change: change.point(alias, version, reason=reason, by=by, was=was))
 
     def unpoint(self, name: str, alias: str, *, reason: str, by: str | None = None) -> None:
         """Let ``alias`` mean nothing."""
         check_alias(alias)
+        self.check(name)
         self.change(name, lambda change: change.point(alias, None, reason=reason, by=by))
 
     def rollback(
@@ -208,8 +204,10 @@ class Registry:
     ) -> AdapterVersion:
         """Let ``alias`` mean what it meant before, out of the archive if need be; again: before that.
 
-        Raises :class:`UserError` (409) where there is nothing before.
+        Raises :class:`UserError` (409) where there is nothing before. A canary is stopped, not rolled back.
         """
+        _check_movable(alias)
+        self.check(name)
         self.change(name, lambda change: change.rollback(alias, reason=reason, by=by))
         return self.resolve(name, alias)
 
@@ -360,6 +358,16 @@ def _checked(name: str) -> str:
             status=404,
         )
     return name
+
+
+def _check_movable(alias: str) -> None:
+    """:class:`UserError` for what cannot be an alias, and for the canary, which has a share, too."""
+    check_alias(alias)
+    if alias == CANARY:
+        raise UserError(
+            "a canary has a share",
+            fix="`qwen-ray canary start NAME@VERSION --share S`, `qwen-ray canary stop`",
+        )
 
 
 def _state_key(name: str) -> str:

@@ -91,6 +91,10 @@ class Change:
             value["rollback"] = True
         self._say("alias", version, value)
 
+    def override(self, version: int, value: dict[str, Any]) -> None:
+        """Note that this change is made against a gate's verdict."""
+        self._say("override", version, value)
+
     def rollback(self, alias: str, *, reason: str, by: str | None) -> int:
         """Let an alias mean again what it meant before; returns that."""
         now = self.state.aliases.get(alias)

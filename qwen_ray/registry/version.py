@@ -131,6 +131,16 @@ def digest_of(files: Files, lineage: dict[str, Any]) -> str:
     return sha256_json({"files": hashes, "lineage": lineage})
 
 
+def check_lineage(lineage: Any, adapter: Path) -> None:
+    """:class:`UserError` where a lineage does not name its base: ``base`` with ``id`` and ``fingerprint``."""
+    base = lineage.get("base") if isinstance(lineage, dict) else None
+    for key in ("fingerprint", "id"):
+        if not isinstance(base, dict) or not base.get(key) or not isinstance(base[key], str):
+            raise UserError(
+                f"lineage has no base {key}", where=str(adapter), fix="train with qwen-ray, or add it"
+            )
+
+
 def check_files(folder: Path, files: Files) -> None:
     """:class:`UserError` (409) names the first file that is not what was published."""
     for rel, want in files.items():

@@ -24,6 +24,7 @@ Listing = list[tuple[str, dict[str, Any]]]
 """(id after the base and colon, facts) of each adapter."""
 
 LOOKUP_SECONDS = 3.0  # a lookup that takes longer is taken for a registry that hangs
+LISTING_SECONDS = 30.0  # one of all adapters reads several files of each
 RETRY_SECONDS = 5.0
 CANARY_SECONDS = 2.0
 _THREADS = 4
@@ -65,6 +66,8 @@ class Catalog:
         self._listing: Listing = []
         self._late: set[Future[Any]] = set()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="registry")
+        self._listings: dict[str, tuple[float, Future[Listing]]] = {}  # under way, by fingerprint: since when
+        self._lister = ThreadPoolExecutor(1, thread_name_prefix="registry-listing")
 
     async def find(self, name: str, at: str | None) -> tuple[Found, bool]:
         """The adapter that is meant now, and whether the registry could be asked.
@@ -138,11 +141,18 @@ class Catalog:
         return listing
 
     async def listing(self, fingerprint: str = "") -> Listing:
-        """:meth:`available`; while the registry cannot be read what it held last, each marked ``stale``."""
-        try:
-            return await self._in_time(lambda: self.available(fingerprint))
-        except UserError:
-            return self._stale()
+        """:meth:`available`; while the registry cannot be read what it held last, each marked ``stale``.
+
+        Those who ask while a listing is under way wait for that one. A slow one holds up no lookup.
+        """
+        began, future = self._listings.get(fingerprint, (0.0, None))
+        if future is None or future.done():
+            began, future = time.monotonic(), self._lister.submit(self.available, fingerprint)
+            self._listings[fingerprint] = began, future
+        if await settled(future, max(0.0, began + LISTING_SECONDS - time.monotonic())):
+            with contextlib.suppress(UserError):
+                return future.result()
+        return self._stale()
 
     def _stale(self) -> Listing:
         return [
@@ -152,18 +162,17 @@ class Catalog:
 
     def _versions(self, registry: Registry, fingerprint: str) -> Listing:
         out: Listing = []
-        for name in registry.names():
+        for name in registry.files.names():
             if name in self.folders or name == AUTO:
                 continue
-            aliases = registry.aliases(name)
-            archived = registry.archived(name)
-            for version in registry.versions(name):
-                if version in archived:
+            state = registry.state(name)
+            for version in registry.history(name):
+                if str(version) in state.archived or str(version) in state.removed:
                     continue
-                facts = _facts(version, registry.lineage(name, version), aliases)
+                facts = _facts(version, registry.lineage(name, version), state.aliases)
                 if fingerprint and (facts["base"] or {}).get("fingerprint") != fingerprint:
                     continue
-                if aliases.get(PRODUCTION) == version:
+                if state.aliases.get(PRODUCTION) == version:
                     out.append((name, facts))
                 out.append((f"{name}@{version}", facts))
         return out

@@ -37,6 +37,7 @@ from qwen_ray.fsio import fsync_tree, read_json, sha256_json, write_json, write_
 from qwen_ray.planner.plan import choose_strategy
 from qwen_ray.registry import LINEAGE
 from qwen_ray.training import errors
+from qwen_ray.training.prometheus import failures_counted
 from qwen_ray.training.tracking import METRICS, MetricsTail, Tracker, read_metrics
 from qwen_ray.training.worker import ARTIFACT, run_rank, work
 
@@ -282,12 +283,13 @@ def _run_on_ray(
         ),
     )
     errors.clear(out)
-    result = _fit(trainer, out, progress)
-    if result.error is not None:
-        raise RuntimeError(errors.explain(result.error, out)) from result.error
-    returned = result.return_value
-    if "raised" in returned:
-        raise returned["raised"]
+    with failures_counted(config, run_id):
+        result = _fit(trainer, out, progress)
+        if result.error is not None:
+            raise RuntimeError(errors.explain(result.error, out)) from result.error
+        returned = result.return_value
+        if "raised" in returned:
+            raise returned["raised"]
     return {**returned, "gpus": gpus * workers}
 
 

@@ -62,6 +62,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
+    from qwen_ray.training.prometheus import RunMetrics
     from qwen_ray.training.tracking import Tracker
 
     # A line for each report of each rank, and a bar for each load, would bury what matters. The root, for
@@ -76,14 +77,22 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     tracker = Tracker(out, config, settings["run_id"], group=settings["group"]) if rank == 0 else None
     try:
         # The device is Ray's, for on a node with several GPUs every worker sees them all.
-        return run_rank(
-            config.strategy.name,
-            ray.train.torch.get_device(),
-            config,
-            out,
-            on_metrics=tracker or (lambda _: None),
-            preempted=lambda: ray.train.get_preemption_info() is not None,
-        )
+        device = ray.train.torch.get_device()
+        with contextlib.closing(RunMetrics(config, settings["run_id"], rank=rank, device=device)) as metrics:
+
+            def on_metrics(row: dict[str, Any]) -> None:
+                if tracker:
+                    tracker(row)
+                metrics(row)
+
+            return run_rank(
+                config.strategy.name,
+                device,
+                config,
+                out,
+                on_metrics=on_metrics,
+                preempted=lambda: ray.train.get_preemption_info() is not None,
+            )
     except (UserError, FloatingPointError) as e:
         # The same on every rank and at every try: not a failure to start again from.
         return {"raised": e}

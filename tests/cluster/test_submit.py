@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,12 +46,12 @@ class User:
             patch.setenv("HOME", self.environment["HOME"])
             return JobsApi(self.address)
 
-    def start(self, *argv: str, **environment: str) -> subprocess.Popen[str]:
+    def start(self, *argv: str, folder: Path | None = None, **environment: str) -> subprocess.Popen[str]:
         at = [] if "--address" in argv else ["--address", self.address]
         python = ["--python", sys.executable] if argv[0] in {"submit", "doctor"} else []
         return subprocess.Popen(
             [*CLI, *argv, *at, *python],
-            cwd=self.folder,
+            cwd=folder or self.folder,
             env=self.environment | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -100,12 +101,16 @@ def user(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> User:
 
 
 def test_a_run_and_a_sweep_are_stopped_and_resumed_by_the_same_commands(user: User, tmp_path: Path) -> None:
-    """Both at one time. Between stop and resumption another file of the folder changes, so that Ray unpacks
-    the folder elsewhere."""
+    """Both at one time, from folders of their own: nodes of one machine share the place where Ray unpacks a
+    folder, and each unpacks it anew. Between stop and resumption another file changes, so that it is unpacked
+    elsewhere."""
+    other = tmp_path / "other"
+    shutil.copytree(user.folder, other)
+    (other / "which.txt").write_text("the sweep's")
     bio, search = tmp_path / "bio", tmp_path / "search"
     train = ["submit", "train", "--config", "train.yaml", "--out", str(bio), "--env", "HOME"]
     sweep = ["submit", "sweep", "sweep.yaml", "--out", str(search), "--name", "sweep"]
-    running = [user.start(*train), user.start(*sweep)]
+    running = [user.start(*train), user.start(*sweep, folder=other)]
     wait(bio.is_dir, *running)
     assert "train-bio is running since" in user(*train, "--no-follow")[1]
     assert "a job of this name is running" in user(*train, "--steps", "9", code=2)[1]
@@ -123,17 +128,18 @@ def test_a_run_and_a_sweep_are_stopped_and_resumed_by_the_same_commands(user: Us
     assert read_json(bio / "run.json")["state"] == "interrupted"
     assert read_json(search / "sweep.json")["state"] != "done"
 
-    (user.folder / "notes.md").write_text("changed")
-    running = [user.start(*train, "--json"), user.start(*sweep)]
+    for folder in (user.folder, other):
+        (folder / "notes.md").write_text("changed")
+    running = [user.start(*train, "--json"), user.start(*sweep, folder=other)]
     printed, said = ended(running[0])
     result = json.loads(printed)
-    assert (result["id"], result["attempt"], result["status"]) == ("train-bio-2", 2, "SUCCEEDED")
-    assert "train-bio-2 goes on where attempt 1 ended" in said
+    assert (result["id"], result["attempt"], result["status"]) == ("train-bio.2", 2, "SUCCEEDED")
+    assert "train-bio.2 goes on where attempt 1 ended" in said
     assert read_json(bio / "run.json")["result"]["resumed_from"] > 0
     assert [r["step"] for r in read_metrics(bio)][-1] == OPTIM["max_steps"]
-    assert "sweep-2 is done" in ended(running[1])[0]
+    assert "sweep.2 is done" in ended(running[1])[0]
     assert read_json(search / "sweep.json")["state"] == "done"
-    assert "train-bio-2 is done since" in user(*train)[0]
+    assert "train-bio.2 is done since" in user(*train)[0]
 
 
 def test_a_benchmark_waits_for_a_cpu_and_ctrl_c_leaves_it_running(user: User, tmp_path: Path) -> None:

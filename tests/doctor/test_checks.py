@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qwen_ray.doctor.probe import Probe
 from qwen_ray.doctor.ranges import installed, misfits, required
 from qwen_ray.doctor.run import examine
 from qwen_ray.errors import UserError
+from tests.jobs.server import job_server
 from tests.test_cli import qwen_ray
 
 GIB = 2**30
@@ -152,3 +154,52 @@ def test_storage_that_cannot_be_written_or_is_not_what_was_written(tmp_path: Pat
 def test_a_relative_folder_is_another_one_on_each_node() -> None:
     with pytest.raises(UserError, match="another folder on each node"):
         examine(None, storage="runs", needed=(), note=print)
+
+
+def test_a_server_that_does_not_answer_is_a_check_that_failed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    done = qwen_ray("doctor", "--address", address, "--json")
+    assert done.returncode == 3, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert (row["name"], row["state"]) == ("server", "fail")
+    assert f"{address}: no head answers" in row["found"]
+    assert "dashboard" in row["fix"]
+
+
+LOG = """(raylet) [
+[
+  {"name": "shm", "state": "ok", "found": "8 GiB", "fix": ""},
+  {"name": "disk", "state": "fail", "found": "[\\n[", "fix": "make room"}
+]
+(pid=7) bye
+[
+"""
+
+
+def test_the_checks_of_a_job_are_found_among_what_else_it_printed() -> None:
+    with job_server() as server:
+        server.log, server.begins_as = LOG, {"status": "SUCCEEDED", "driver_exit_code": 3}
+        found = examine(server.address, storage=None, needed=(), note=print)
+        assert [(check.name, check.state) for check in found] == [
+            ("server", "ok"),
+            ("shm", "ok"),
+            ("disk", "fail"),
+        ]
+        server.log = "error: no such verb\n"
+        with pytest.raises(RuntimeError, match="could not be run on the cluster"):
+            examine(server.address, storage=None, needed=(), note=print)
+
+
+def test_a_home_that_is_not_there_and_a_secret_that_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "not" / "there"))
+    monkeypatch.setenv("QWEN_RAY_SECRETS", str(tmp_path))
+    for name, content in {"FULL": b"x\n", "EMPTY": b" \n", "DAMAGED": b"\xff"}.items():
+        (tmp_path / name).write_bytes(content)
+        monkeypatch.delenv(name, raising=False)
+    facts = Probe().facts((), ("FULL", "EMPTY", "DAMAGED", "ABSENT"), hub=False)
+    assert str(tmp_path) in facts["disk"]
+    assert [name for name, there in facts["secrets"].items() if there] == ["FULL"]

@@ -234,3 +234,25 @@ def test_different_items_or_suites_cannot_be_paired() -> None:
         compare(result({"biology": right(5, 10)}), result({"biology": right(5, 11)}))
     with pytest.raises(UserError, match="different suites"):
         compare(result({"biology": right(5, 10)}), result({"biology": right(5, 10)}, suite_version="2"))
+
+
+@pytest.mark.parametrize(("setting", "other"), [("num_fewshot", 5), ("seed", 2)])
+def test_different_settings_cannot_be_compared(setting: str, other: int) -> None:
+    scores, settings = {"biology": right(5, 10)}, {"limit": 10, "num_fewshot": None, "seed": 1}
+    with pytest.raises(UserError, match=f"different settings: {setting} {settings[setting]} and {other}"):
+        compare(result(scores, settings=settings), result(scores, settings=settings | {setting: other}))
+    # The same items, however many were asked for, and on a server or not.
+    compare(
+        result(scores, settings=settings), result(scores, settings=settings | {"limit": None, "endpoint": 1})
+    )
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -0.5, 80.0, None])
+def test_a_score_that_is_none_is_refused_by_item(score: Any) -> None:
+    before, after = ({"biology": right(5, 10), "arithmetic": right(9, 10)} for _ in range(2))
+    after["arithmetic"][3] = score
+    with pytest.raises(UserError, match=f"a score of {score}") as e:
+        compare(result(before), result(after))
+    assert e.value.where == "suite 'tiny', category 'arithmetic', item 'arithmetic-3'"
+    with pytest.raises(UserError, match=f"a score of {score}"):
+        compare(result(after), result(before))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,13 @@ def test_latency_and_size_are_limits() -> None:
     judged = judge(gate, [GAINED], latency=(0.5, 0.61), size=1001)
     assert judged["verdict"] == "hold"
     assert all("above the" in text for text in judged["reasons"][-2:])
+
+
+@pytest.mark.parametrize("latency", [(0.8, math.nan), (math.nan, 0.8), (math.inf, 0.8), (0.8, -1), (0, 0.8)])
+def test_a_latency_that_is_none_holds(latency: tuple[float, float]) -> None:
+    judged = judge(Gate(max_latency_ratio=1.2), [GAINED], latency=latency)
+    assert judged["verdict"] == "hold"
+    assert "are no measurements" in judged["reasons"][-1]
 
 
 def test_a_limit_that_was_not_measured_holds() -> None:

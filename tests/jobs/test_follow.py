@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from qwen_ray.jobs.api import Job, JobsApi
 from qwen_ray.jobs.follow import follow, outcome, waits_for
 from qwen_ray.jobs.submit import ended_well, latest
+from tests.jobs.server import JobServer, job_server
 
 
 def job(status: str, **more: Any) -> Job:
@@ -85,6 +87,49 @@ def test_what_a_job_waits_for() -> None:
     said = waits_for({"CPU": (2.0, 2.0), "memory": (0.0, 1e9), "GPU": (0.5, 4.0)})
     assert "2 of 2 CPU in use, 0.5 of 4 GPU in use" in said
     assert "not known" in waits_for({})
+
+
+def begin(server: JobServer) -> Job:
+    """A job that has printed something."""
+    server.log = "step 1\nstep 2\n"
+    with JobsApi(server.address) as api:
+        api.submit({"submission_id": "bio", "entrypoint": "exec python"})
+        return api.job("bio")
+
+
+def test_a_log_is_passed_on_until_the_end() -> None:
+    with job_server() as server, JobsApi(server.address) as api:
+        started = begin(server)
+        server.end("bio", "SUCCEEDED", 0)
+        printed: list[str] = []
+        assert follow(api, started, write=printed.append, note=print).status == "SUCCEEDED"
+    assert "".join(printed) == "step 1\nstep 2\n"
+
+
+def test_a_job_that_ended_well_did_so_though_its_log_cannot_be_read() -> None:
+    with job_server() as server, JobsApi(server.address) as api:
+        started = begin(server)
+        server.end("bio", "SUCCEEDED", 0)
+        server.log = None
+        notes: list[str] = []
+        assert follow(api, started, write=print, note=notes.append).status == "SUCCEEDED"
+    assert len(notes) == 1
+    assert "the end of bio's log could not be read" in notes[0]
+    assert "no agent" in notes[0]
+
+
+def test_where_nobody_reads_the_log_it_is_not_followed_until_the_job_ends() -> None:
+    def closed(_: str) -> None:
+        raise BrokenPipeError
+
+    with job_server() as server, JobsApi(server.address) as api:
+        started = begin(server)
+        end = threading.Timer(20, server.end, ("bio", "SUCCEEDED", 0))  # should it be waited for after all
+        end.start()
+        with pytest.raises(BrokenPipeError):
+            follow(api, started, write=closed, note=print)
+        end.cancel()
+        assert server.jobs["bio"]["status"] == "RUNNING"
 
 
 def test_a_head_that_is_gone_is_given_up() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import random
 import shutil
 import subprocess
 import zipfile
@@ -66,6 +68,64 @@ def test_outside_git_what_is_usually_ignored_stays_here(tmp_path: Path) -> None:
     package = working_tree(tmp_path)
     assert package.files == {"run.yaml", "data/a.jsonl"}
     assert package.withheld == ("key.pem",)
+
+
+@needs_git
+@pytest.mark.parametrize("in_git", [True, False])
+def test_what_looks_like_a_secret_stays_here(tmp_path: Path, in_git: bool) -> None:
+    if in_git:
+        git(tmp_path, "init", "-q")
+    write(tmp_path, "run.yaml", "src/keys.py", "prod.ENV", "GOOGLE-credentials.json", "sub/id_ecdsa", "A.PEM")
+    write(
+        tmp_path, ".aws/credentials", ".aws/config", "sub/.SSH/known", ".npmrc", ".pypirc", "_netrc", "c.p12"
+    )
+    package = working_tree(tmp_path)
+    assert package.files == {"run.yaml", "src/keys.py"}
+    named = {".aws/", "sub/.SSH/", "prod.ENV", "GOOGLE-credentials.json", "sub/id_ecdsa", "A.PEM"}
+    assert set(package.withheld) == {*named, ".npmrc", ".pypirc", "_netrc", "c.p12"}
+    assert len(package.withheld) == 10
+
+
+def test_a_name_that_is_not_utf8_and_a_file_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt")
+    with open(name, "w"):
+        pass
+    with pytest.raises(UserError, match=r"caf\\xe9\.txt: the name of this file is not UTF-8"):
+        working_tree(tmp_path)
+    os.unlink(name)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="loop: it cannot be read"):
+        working_tree(tmp_path)
+    (tmp_path / "loop").unlink()
+    (tmp_path / "bad").symlink_to("/proc/self/mem")  # reading it fails, also for root
+    with pytest.raises(UserError, match="bad: it cannot be read"):
+        working_tree(tmp_path)
+
+
+def test_a_zip_that_ray_would_not_take_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "small")
+    (tmp_path / "noise.bin").write_bytes(random.Random(0).randbytes(5000))
+    with pytest.raises(UserError, match=r"packed files.*The largest: noise\.bin"):
+        working_tree(tmp_path, packed=5000)
+    write(tmp_path, "noise.bin", text="x" * 50_000)
+    assert len(working_tree(tmp_path, packed=5000).files) == 2
+
+
+def test_the_digest_of_inputs_is_of_their_names_and_contents_alone(tmp_path: Path) -> None:
+    write(tmp_path, "run.yaml", "data/a.jsonl", "notes.md")
+
+    def digest() -> str:
+        return working_tree(tmp_path).digest(["run.yaml", "data", "missing"])
+
+    first = digest()
+    write(tmp_path, "notes.md", text="other")
+    assert digest() == first
+    write(tmp_path, "data/a.jsonl", text="other")
+    assert digest() != first
+    write(tmp_path, "data/a.jsonl")
+    assert digest() == first
+    (tmp_path / "data" / "a.jsonl").rename(tmp_path / "data" / "b.jsonl")
+    assert digest() != first
 
 
 def test_the_same_files_are_the_same_package(tmp_path: Path) -> None:

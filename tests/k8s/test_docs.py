@@ -89,3 +89,25 @@ def test_costs_are_the_planners(row: list[str]) -> None:
     assert f"{told['memory']['total'] / 1e9:.1f} GB" == memory
     assert f"{told['hours']:.1f}" == hours
     assert f"${told['dollars']:.2f}" == cost
+
+
+def test_the_first_example_fits_the_group_that_is_on() -> None:
+    from qwen_ray.config import build_config
+    from qwen_ray.planner.plan import plan
+
+    words = next(line for line in commands() if line.startswith("qwen-ray submit train")).split()
+    given = {words[i]: words[i + 1] for i in range(3, len(words) - 1)}
+    l40s = hardware("l40s-48gb")
+    for sets, fits in (([given["--set"]], True), ([], False)):
+        config = build_config(ROOT / given["--config"], sets=sets)
+        as_written = config.optim.batch_size, config.compute.activation_checkpointing
+        told = plan(config, l40s, 1e6).to_dict(every=True)["layouts"]
+        (layout,) = [
+            row
+            for row in told
+            if (row["batch_size"], row["activation_checkpointing"]) == as_written
+            and row["strategy"]["name"] == config.strategy.name
+        ]
+        assert layout["fits"] is fits
+        assert f"{layout['memory']['total'] / 1e9:.1f} GB" in TEXT
+    assert "qwen-ray plan --config configs/7b-lora-1x80gb.yaml --gpu l40s-48gb --all" in TEXT

@@ -23,11 +23,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit code, the result or the error, and the points that it came to."""
+    """How a child ended: its exit code, the result or the error with its status, and the points that it
+    came to."""
 
     code: int
     result: dict[str, Any]
     error: str
+    status: int | None
     points: list[str]
 
 
@@ -61,7 +63,7 @@ class Nursery:
         text = journal.with_suffix(".json").read_text() if journal.with_suffix(".json").is_file() else "{}"
         said = json.loads(text)
         points = journal.read_text().splitlines() if journal.is_file() else []
-        return Ended(code, said.get("result", {}), said.get("error", ""), points)
+        return Ended(code, said.get("result", {}), said.get("error", ""), said.get("status"), points)
 
     def run(self, spec: Path, kill: str | None = None, **given: Any) -> Ended:
         """Run a pipeline, killed by SIGKILL when it first comes to the point ``kill``."""
@@ -153,6 +155,7 @@ def _run(asked: dict[str, Any]) -> int:
         said["result"] = done.__dict__
     except (UserError, RuntimeError) as e:
         said["error"], code = str(e), 2 if isinstance(e, UserError) else 1
+        said["status"] = e.status if isinstance(e, UserError) else None
     Path(asked["journal"]).with_suffix(".json").write_text(json.dumps(said))
     return code
 

@@ -310,7 +310,9 @@ def test_changed_inputs_make_what_depends_on_them_anew(place: Place) -> None:
     ended = place.nursery.run(place.spec("changing", data=data, benchmark=bench))
     assert begun(ended) == [*made, "deploy", "benchmark", *judged[1:]]
     assert {path: path.stat().st_mtime_ns for path in first.glob("*/first.jsonl")} == times
-    asked = [path.name for path in (place.folder / "work" / "changing" / "evaluations").glob("*/suite/tiny*")]
+    asked = [
+        path.name for path in (place.folder / "work" / "changing" / "evaluations").glob("*/suite-*/tiny*")
+    ]
     assert sorted(asked) == ["tiny.json", "tiny~changing@1.json", "tiny~changing@2.json"]  # the base once
 
     shutil.rmtree(place.folder / "work" / "changing" / "train")  # lost: made again, and the same
@@ -330,7 +332,7 @@ def test_after_a_failure_the_same_run_goes_on(place: Place) -> None:
 
     nobody = {"url": "http://127.0.0.1:1"}
     ended = place.nursery.run(place.spec("failing", benchmark=bench, endpoint=nobody))
-    assert ended.code == 2
+    assert (ended.code, ended.status) == (2, 503)
     assert ended.error.startswith("stage deploy: http://127.0.0.1:1")
     assert "does not answer" in ended.error
     assert begun(ended) == ["train", "register", "deploy"]

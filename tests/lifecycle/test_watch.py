@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from qwen_ray.storage import open_storage
 from qwen_ray.verbs import Output
 from tests.conftest import ROOT
 from tests.lifecycle.test_alerts import Receiver, receiver  # noqa: F401
+from tests.lifecycle.test_pipeline_spec import written
 from tests.lifecycle.watching import Clock, evaluation, publish
 
 HOUR, DAY, WEEK = 3600.0, 86_400.0, 7 * 86_400.0
@@ -247,21 +250,113 @@ def test_others_wait_until_it_is_their_turn(place: Place) -> None:
     said: list[str] = []
     begun = place.clock.now
 
-    class Enough(Exception):
-        pass
-
     def sleep(seconds: float) -> None:
         place.clock.now += seconds
         if read_state(storage)["triggers"]:
-            raise Enough
+            raise Ended
 
     place.world = replace(place.world, sleep=sleep)
     watch = Watch(place.spec(every_seconds=20), note=said.append, world=place.world)
-    with pytest.raises(Enough):
+    with pytest.raises(Ended):
         watch.forever()
     assert place.clock.now == begun + 80  # it looked a minute later, and has slept since
     assert len(said) == 1
     assert "being done by another machine" in said[0]
+
+
+class Ended(Exception):
+    """Of a watch that would go on for ever."""
+
+
+def test_storage_that_is_away_for_a_moment_does_not_end_a_run(place: Place) -> None:
+    """While the lease is held, the pipeline goes on; what it made is written down when storage is back."""
+    place.once()
+    place.data.write_text("1")
+    place.once()
+    place.clock.now += 600
+    state, away = place.folder / "watch" / "state.json", place.folder / "away"
+    looks = iter(range(99))
+    said: list[str] = []
+
+    def lose() -> None:
+        state.rename(away)
+        state.symlink_to(state)
+
+    class Losing(Pipelines):
+        def poll(self) -> dict[str, Any] | None:
+            outcome = super().poll()
+            if outcome is not None and not lost:
+                lost.append("amid the look that found it ended")
+                lose()
+            return outcome
+
+    def sleep(_: float) -> None:
+        place.clock.now += 1
+        look = next(looks)
+        if look == 1:  # it runs
+            lose()
+        if state.is_symlink() and look in (4, 8):
+            away.replace(state)
+        if look == 10:
+            raise Ended
+
+    lost: list[str] = []
+    place.pipelines = Losing()
+    place.pipelines.outcomes = [None]
+    place.world = replace(place.world, sleep=sleep, start=place.pipelines)
+    with pytest.raises(Ended):
+        Watch(place.spec(), note=said.append, world=place.world).forever()
+    assert lost
+    assert not state.is_symlink()
+    assert place.pipelines.stopped == 0
+    assert len(place.pipelines.started) == 1
+    assert len([text for text in said if text.startswith("waiting: ")]) == 1
+    assert [e.value["attempt"] for e in place.history if e.kind == "run"][-1] == 1
+    assert read_state(open_storage(place.folder / "watch"))["running"] is None
+
+
+def test_what_has_ended_while_storage_went_is_gone_on_with(place: Place) -> None:
+    place.once()
+    place.data.write_text("1")
+    place.once()
+    state, away = place.folder / "watch" / "state.json", place.folder / "away"
+
+    class Losing(Pipelines):
+        def poll(self) -> dict[str, Any] | None:
+            state.rename(away)
+            state.symlink_to(state)
+            return PROMOTED
+
+    place.world = replace(place.world, start=Losing())
+    with pytest.raises(UserError, match="cannot be used now"):
+        place.once(after=600)
+    away.replace(state)
+    place.world = replace(place.world, start=place.pipelines)
+    place.once(after=1)
+    assert len(place.pipelines.started) == 1
+    assert read_state(open_storage(place.folder / "watch"))["running"] is None
+
+
+def test_a_lease_that_is_lost_while_storage_is_away_ends_the_run(place: Place) -> None:
+    place.once()
+    place.data.write_text("1")
+    place.once()
+    place.clock.now += 600
+    place.pipelines.outcomes = [None] * 9
+    state = place.folder / "watch" / "state.json"
+
+    def sleep(_: float) -> None:
+        if place.pipelines.stopped:
+            raise Ended
+        place.clock.now += 100
+        if not state.is_symlink():
+            state.unlink()
+            state.symlink_to(state)
+
+    place.world = replace(place.world, sleep=sleep)
+    with pytest.raises(Ended):
+        place.watch().forever()
+    assert place.pipelines.stopped == 1
 
 
 def test_alerts_repeat_after_a_day_and_wait_for_a_channel(
@@ -371,6 +466,7 @@ def test_verbs(place: Place, run: Any) -> None:
     code, entries = run("watch", "--once")
     assert code == 1
     assert [entry["kind"] for entry in entries] == ["trouble", "alert"]
+    assert run("watch", "--once") == (1, [])  # still
     code, history = run("watch", "history")
     assert (code, history) == (0, entries)
     code, status = run("watch", "status")
@@ -410,6 +506,32 @@ def test_a_pipeline_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert outcome == {
         "error": f"{tmp_path / 'absent.yaml'}: no such configuration file\n  fix: check the path"
     }
+
+
+def test_a_pipeline_that_is_ended_takes_down_what_it_started(tmp_path: Path) -> None:
+    """SIGTERM ends it in order, as Ctrl-C does a command; here while it waits for another's lease."""
+    file = written(tmp_path, lease_seconds=300)
+    other = Lease(open_storage(tmp_path / "work" / "state"), "sums/lease.json", "elsewhere/1@00000000", 300)
+    assert other.acquire()
+    child = Child(file, {"triggers": []})
+    while "waiting to see" not in child._read(child._err):
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.stop()
+    assert child.poll() == {"error": "it was interrupted"}
+
+
+def test_storage_that_is_away_is_a_failure_and_not_bad_input(place: Place) -> None:
+    file = place.folder / "watch.yaml"
+    file.write_text(json.dumps(place.tree))
+    state = place.folder / "watch" / "state.json"
+    state.parent.mkdir()
+    state.symlink_to(state)
+    command = [sys.executable, "-m", "qwen_ray.cli", "watch", "status", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_the_page_has_every_key_and_the_shipped_file_is_read() -> None:

@@ -173,6 +173,32 @@ def test_the_gates_of_the_operator_are_those_of_its_values_file(tmp_path):
         )
 
 
+@pytest.mark.parametrize("text", ["", "---\n# rendered to nothing\n"])
+def test_nothing_to_check_is_bad_input(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    with pytest.raises(UserError, match="nothing to check") as e:
+        run("-")
+    assert e.value.where == "stdin"
+
+    write(tmp_path / "values.yaml", "a: b\n")  # of no kind that is known
+    flavor = tmp_path / "flavors" / "a.yaml"
+    flavor.parent.mkdir()
+    write(flavor, QUEUE)
+    assert run(str(tmp_path))[0] == EXIT_OK
+    write(flavor, text)
+    with pytest.raises(UserError, match="nothing to check") as e:
+        run("serve", str(tmp_path))
+    assert e.value.where == str(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n"])
+def test_an_empty_kustomization_is_bad_input(text, tmp_path):
+    file = write(tmp_path / "kustomization.yaml", text)
+    with pytest.raises(UserError, match="an empty kustomization") as e:
+        run(str(tmp_path))
+    assert e.value.where == file
+
+
 @needs_kubectl
 def test_a_kustomization_is_rendered_and_its_parts_are_not_read_by_themselves(tmp_path):
     base, overlay = tmp_path / "base", tmp_path / "overlays" / "one"
@@ -213,6 +239,23 @@ def test_a_warning_of_kustomize_is_a_fault_and_an_error_bad_input(tmp_path):
         ("python train.py --qwen-ray lst", 0),
         ("echo 'qwen-ray lst'", 0),
         ("qwen-ray --help", 0),
+        ("bash -c 'qwen-ray trian'", 1),
+        ("sh -ec 'cd /x && qwen-ray trian --x \"a b\"; qwen-ray kb lst'", 2),
+        ("bash -c 'qwen-ray kb list'", 0),
+        ("bash -c 'echo \"qwen-ray trian\"'", 0),
+        ("/opt/qwen-ray/bin/qwen-ray trian", 1),
+        ("/usr/bin/timeout -k 5 9 nice -n 10 qwen-ray trian", 1),
+        ("timeout 9 qwen-ray kb list", 0),
+        ("if true; then qwen-ray trian; else qwen-ray kb lst; fi", 2),
+        ("while ! qwen-ray trian; do { qwen-ray kb lst; }; done", 2),
+        ("(cd x); qwen-ray trian", 1),
+        ("qwen-ray kb list --root '#1' trian", 1),
+        ("qwen-ray kb list # it's all", 0),
+        ('qwen-ray kb list > log.txt 2>&1 && qwen-ray trian &> "a log"', 1),
+        ("qwen-ray kb list --root 'x", 1),
+        ("bash -c 'qwen-ray kb list --root \"x'", 1),
+        ("python train.py 'x", 0),
+        ("cat <<EOF\nit's\nEOF\nqwen-ray kb list", 0),
     ],
 )
 def test_our_own_commands_are_parsed_inside_a_shell_command(command, faults):

@@ -174,6 +174,8 @@ CLUSTER: list[tuple[str, str, list[Change]]] = [
         (f"{POD}.automountServiceAccountToken", DELETE),
     ]),
     ("plain-secret", f"{RAY}.env", [(f"{RAY}.env", env("HF_TOKEN", "hf_x"))]),
+    ("plain-secret", f"{RAY}.args", [(f"{RAY}.args", ["ls;", "qwen-ray eval", "--api-key=qr-1"])]),
+    ("plain-secret", f"{RAY}.command", [(f"{RAY}.command", ["bash", "-c", "vllm serve x --api-key qr-1"])]),
     ("missing-reference", f"{POD}.volumes[0].persistentVolumeClaim.claimName", [
         (f"{POD}.volumes[0].persistentVolumeClaim.claimName", "run"),
     ]),
@@ -244,6 +246,10 @@ JOB: list[tuple[str, str, list[Change]]] = [
     ("runtime-env", "runtimeEnvYAML", [("runtimeEnvYAML", "env_vars: [A]")]),
     ("plain-secret-in-runtime-env", "runtimeEnvYAML", [("runtimeEnvYAML", "env_vars: {WANDB_API_KEY: abc}")]),
     ("entry-point", "entrypoint", [("entrypoint", "qwen-ray trian --model 3b")]),
+    ("entry-point", "entrypoint", [("entrypoint", "qwen-ray train --model '3b")]),
+    ("plain-secret", "entrypoint", [
+        ("entrypoint", "qwen-ray eval --model m --suite tiny --out x --endpoint http://e --api-key qr-1"),
+    ]),
     ("entry-point entry-point-shell", "entrypoint", [
         ("entrypoint", "cd /runs && LOG=1 qwen-ray train --modle 3b"),
     ]),
@@ -435,6 +441,15 @@ def test_a_planted_fault_is_found_where_it_is_and_nothing_else(kind, rule, field
     assert all(fault.what and fault.fix for fault in faults)
     name = broken["metadata"]["name"]
     assert f"{broken['kind']}/{name}" in {fault.object for fault in faults}
+
+
+@pytest.mark.parametrize("key", ["'$QWEN_RAY_API_KEY'", '"$KEY"', "$(cat /etc/key)", "`cat /etc/key`"])
+def test_a_key_that_a_command_takes_from_elsewhere_is_not_written_out(key):
+    trees = sound.objects()
+    (job,) = [tree for tree in trees if tree["kind"] == "RayJob"]
+    job["spec"]["entrypoint"] = f"qwen-ray eval --model m --suite tiny --out x --endpoint e --api-key {key}"
+
+    assert "plain-secret" not in {fault.rule for fault in judged(trees).faults}
 
 
 @pytest.mark.parametrize(("port", "rule"), [(53, "network-policy-dns"), (443, "network-policy-https")])

@@ -147,7 +147,7 @@ def test_killed_at_each_change_of_a_folder(name: str, local: Registry, made: Mad
             break
         done.append(check_and_go_on(local, step, made, old, new))
         local.publish("bio", made(b"another"), LINEAGE)  # takes away what the dead writer left
-        extra = [file for file in files_below(local.root) if "/.new-" in file]
+        extra = [file for file in files_below(local.root) if "/.new-" in file or "/.lock-" in file]
         assert not extra
         assert len(files_below(local.root)) <= whole + 4 + 1  # that version's files, and `.new`
     assert len(done) >= 2

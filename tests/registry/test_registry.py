@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import write_json
 from qwen_ray.registry import CANARY, CANDIDATE, PRODUCTION, Registry
+from qwen_ray.registry.collect import Retention
+from qwen_ray.registry.version import Document
+from qwen_ray.storage import read_document, update
 
 from .conftest import LINEAGE, Clock, Made
 
@@ -131,6 +135,21 @@ def test_a_canary_has_a_share(registry: Registry, made: Made) -> None:
     registry.stop_canary("bio", reason="enough")
     assert registry.canary("bio") is None
     assert [event.value["share"] for event in registry.events("bio", kind="alias")] == [0.1, None]
+    with pytest.raises(UserError, match="has a share"):
+        registry.rollback("bio", reason="again", alias=CANARY)
+    assert registry.aliases("bio") == {}
+
+
+def test_a_name_that_is_not_there_gets_no_state(registry: Registry) -> None:
+    for act in (
+        lambda: registry.unpoint("bio", PRODUCTION, reason="typo"),
+        lambda: registry.stop_canary("bio", reason="typo"),
+        lambda: registry.rollback("bio", reason="typo"),
+    ):
+        with pytest.raises(UserError, match="unknown adapter 'bio'") as e:
+            act()
+        assert e.value.status == 404
+    assert registry.storage.keys() == []
 
 
 def test_archive_and_restore(registry: Registry, made: Made) -> None:
@@ -197,8 +216,14 @@ def test_not_an_adapter_leaves_no_trace(registry: Registry, made: Made) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing"):
         registry.publish("bio", adapter, LINEAGE)
-    with pytest.raises(UserError, match="fingerprint"):
-        registry.publish("bio", adapter, {})
+    for lineage, what in (
+        ({}, "fingerprint"),
+        ([], "fingerprint"),
+        ({"base": {"id": "tiny", "fingerprint": 1}}, "fingerprint"),
+        ({"base": {"fingerprint": "f" * 64}}, "base id"),
+    ):
+        with pytest.raises(UserError, match=what):
+            registry.publish("bio", made(b"1"), lineage)  # type: ignore[arg-type]
     assert registry.names() == []
 
 
@@ -208,9 +233,41 @@ def test_an_unfinished_version_is_not_seen(local: Registry, made: Made) -> None:
     folder = local.root / "bio" / "versions"
     os.mkdir(folder / ".new-crashed")
     os.mkdir(folder / "0009")  # no manifest
+    os.mkdir(folder / "²")
+    (folder / "²" / "manifest.json").write_text("{}")
+    (folder / ".lock-crashed-later").touch()
     assert local.versions("bio") == [1]
     assert local.publish("bio", made(b"2"), LINEAGE).version == 2
-    assert not (folder / ".new-crashed").exists()
+    assert not list(folder.glob(".*"))
+
+
+def test_what_a_writer_prepares_is_left_to_it(local: Registry, made: Made) -> None:
+    """The lock is on a regular file, as other machines that have the folder see no other."""
+    local.publish("bio", made(b"1"), LINEAGE)
+    folder = local.root / "bio" / "versions"
+    seen = []
+
+    def look(number: int, document: Document) -> bool:
+        before = sorted(path.name for path in folder.glob(".*"))
+        assert local.collect(Retention(), dry_run=False) == []
+        assert Registry(local.root).publish("law", made(b"3"), LINEAGE).version == 1
+        seen.append((before, sorted(path.name for path in folder.glob(".*"))))
+        return False
+
+    assert local.files.publish("bio", made(b"2"), LINEAGE, at="2026-01-01", after=0, same=look) == 2
+    [(before, after)] = seen
+    assert before == after
+    assert [name.partition("-")[0] for name in before] == [".lock", ".new"]
+    assert len({name.partition("-")[2] for name in before}) == 1
+    (folder / ".new-elsewhere").mkdir()
+    with open(folder / ".lock-elsewhere", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        local.publish("bio", made(b"4"), LINEAGE)
+        assert (folder / ".new-elsewhere").is_dir()
+    (removal,) = local.collect(Retention(), dry_run=True)
+    assert removal.what == str(folder / ".new-elsewhere")
+    assert local.collect(Retention(), dry_run=False) == [removal]
+    assert not list(folder.glob(".*"))
 
 
 def test_damage_is_named(registry: Registry, made: Made) -> None:
@@ -255,6 +312,27 @@ def test_local_copies_are_whole(tmp_path: Path, made: Made, monkeypatch: pytest.
     with pytest.raises(UserError, match="missing file"):
         _ = version.path
     assert not version.folder.exists()
+
+
+@pytest.mark.parametrize("elsewhere", ["../../../../elsewhere", "{}/elsewhere", "a/../../elsewhere"])
+def test_a_document_that_leads_elsewhere_writes_nothing(
+    elsewhere: str, tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN_RAY_CACHE", str(tmp_path / "cache"))
+    place = f"memory://{tmp_path}"
+    registry = Registry(place)
+    registry.publish("bio", made(b"1"), LINEAGE)
+    (tmp_path / "elsewhere").write_text("mine")
+    rel = elsewhere.format(tmp_path)
+    facts = {"sha256": "0" * 64, "size": 1}
+    key = "bio/versions/0001.json"
+    document = read_document(registry.storage, key)
+    document["files"][rel] = facts
+    update(registry.storage, key, lambda _: document)
+    with pytest.raises(UserError, match="is not a key"):
+        _ = Registry(place).get("bio", 1).path
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+    assert not (tmp_path / "cache").exists()
 
 
 def test_times_are_the_clocks(registry: Registry, made: Made, clock: Clock) -> None:

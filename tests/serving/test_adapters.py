@@ -420,6 +420,45 @@ def test_registry_that_hangs(
     assert use(store, "law")
 
 
+def test_slow_listing_holds_up_no_lookup(
+    engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AdapterStore(engine, registry=registry)
+    listed = store.available()
+    go, lineage, asked = threading.Event(), Registry.lineage, []
+
+    def slow(*args: Any) -> Any:
+        asked.append(args)
+        assert go.wait(60)
+        return lineage(*args)
+
+    monkeypatch.setattr(Registry, "lineage", slow)
+    monkeypatch.setattr(catalog, "LISTING_SECONDS", 0.05)
+    for _ in range(3):
+        assert all(facts["stale"] for _, facts in asyncio.run(store.listing()))
+        assert use(store, "geo")
+        assert use(store, "law")
+    assert len(asked) == 1  # those who came later waited for the first one's
+    go.set()
+    monkeypatch.setattr(catalog, "LISTING_SECONDS", 60)
+    assert asyncio.run(store.listing()) == listed
+
+
+def test_listing_reads_what_is_decided_on_a_name_once(
+    engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    state = Registry.state
+
+    def counted(self: Registry, name: str) -> Any:
+        read.append(name)
+        return state(self, name)
+
+    monkeypatch.setattr(Registry, "state", counted)
+    AdapterStore(engine, registry=registry).available()
+    assert read == ["bio", "geo", "law"]
+
+
 def test_registry_that_goes_during_a_load(engine: TorchEngine, registry: Registry, tmp_path: Path) -> None:
     shutil.copytree(registry.root, tmp_path / "registry")
     read = engine.read_adapter

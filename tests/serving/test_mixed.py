@@ -260,5 +260,6 @@ def test_requests_go_where_the_adapter_is_and_spread_when_it_has_too_much_to_do(
         assert count.most_common(1)[0][1] >= 9, (model, count)
     for name in NAMES:  # versions of a name go together, so that a swap is one load
         assert len({counts[f"rand:{name}@{v}"].most_common(1)[0][0] for v in (1, 2)}) == 1
-    (_, most), (_, least) = asyncio.run(burst()).most_common()
-    assert most <= 3 * least
+    # How many go to the other one depends on how fast the first is; without spreading none does.
+    (_, _most), (_, least) = asyncio.run(burst()).most_common()
+    assert least >= BUSY // 2

@@ -86,7 +86,7 @@ def test_killed_anywhere_it_ends_as_if_nobody_had_touched_it(
 ) -> None:
     example(tmp_path)
     rng, saved = random.Random(5), []
-    moments = sorted(rng.sample(range(2, 2 * ALL_STEPS // 3), 4))
+    moments = sorted(rng.sample(range(2, ALL_STEPS // 2), 4))
     with driver(tmp_path) as process:
         wait_for(tmp_path, process, moments[0])
         child(process, TRIAL).kill()
