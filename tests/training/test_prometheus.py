@@ -53,7 +53,12 @@ def test_an_agent_exports_a_run_and_its_failure(
         (node,) = ray.nodes()
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         settings = config(
-            data_file, tmp_path / "run", "optim.max_steps=60", "tracking.wandb=off", **{"cluster.workers": 1}
+            data_file,
+            tmp_path / "run",
+            "optim.max_steps=300",
+            "tracking.wandb=off",
+            "evaluate.every_steps=50",
+            **{"cluster.workers": 1},
         )
         seen: Samples = {}
         done = threading.Event()
