@@ -177,6 +177,9 @@ def _add_plan(verbs: Any) -> None:
     p.add_argument("--gpu", default="h100-80gb", help="GPU, by its name in the catalogue (%(default)s)")
     p.add_argument("--gpus", type=positive, default=1, help="GPUs of a node (%(default)s)")
     p.add_argument("--nodes", type=positive, default=1, help="nodes (%(default)s)")
+    p.add_argument(
+        "--network", type=float, metavar="GBIT", help="Gb/s of a node's ports together (the catalogue's)"
+    )
     p.add_argument("--price", type=float, metavar="DOLLARS", help="of a GPU-hour (the catalogue's)")
     amount = p.add_mutually_exclusive_group()
     amount.add_argument(

@@ -45,6 +45,16 @@ def targets_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def registry_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--registry", default="registry", metavar="PLACE", help="the registry's folder or URI (%(default)s)"
+    )
+
+
+def reason_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reason", required=True, help="kept in the registry's log")
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ray.errors import EXIT_GATE_SAID_NO, EXIT_OK, UserError, did_you_mean
-from qwen_ray.options import example, group, verb
+from qwen_ray.options import example, group, reason_option, registry_option, verb
 from qwen_ray.verbs import Output
 
 if TYPE_CHECKING:
@@ -103,15 +103,9 @@ def _add_decisions(registry: Any) -> None:
     registry_option(p)
 
 
-def registry_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--registry", default="registry", metavar="PLACE", help="the registry's folder or URI (%(default)s)"
-    )
-
-
 def _decision(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("ref", metavar="name" if what == "adapter name" else "ref", help=what)
-    parser.add_argument("--reason", required=True, help="kept in the log")
+    reason_option(parser)
     parser.add_argument("--by", help="who decides (default: the user of this machine)")
     registry_option(parser)
 

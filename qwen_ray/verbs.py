@@ -90,7 +90,9 @@ def plan(args: argparse.Namespace, output: Output) -> int:
         "optim.epochs": args.epochs,
     }
     config = _config(args, flags)
-    machine = hardware(args.gpu, gpus_per_node=args.gpus, nodes=args.nodes, price=args.price)
+    machine = hardware(
+        args.gpu, gpus_per_node=args.gpus, nodes=args.nodes, price=args.price, network=args.network
+    )
     tokens = args.tokens
     files = [Path(file) for file in args.data or config.data.train]
     if tokens is None and files:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ray.errors import EXIT_FAILED, EXIT_GATE_SAID_NO, EXIT_OK, UserError, did_you_mean
-from qwen_ray.options import example, group, positive, set_option, verb
+from qwen_ray.options import example, group, positive, reason_option, registry_option, set_option, verb
 from qwen_ray.verbs import Output
 
 if TYPE_CHECKING:
@@ -49,18 +49,13 @@ def add(verbs: Any) -> None:
     example(p, "qwen-ray canary start biology@4 --share 0.1 --reason 'new books' --registry registry")
     p.add_argument("ref", help="NAME@VERSION")
     p.add_argument("--share", type=float, required=True, help="above 0 and below 1")
-    _registry_options(p)
+    reason_option(p)
+    registry_option(p)
     p = verb(canary, "stop", canary_stop, "end a canary; production answers everything again")
     example(p, "qwen-ray canary stop biology --reason 'wrong dates' --registry registry")
     p.add_argument("name", help="the adapter's name")
-    _registry_options(p)
-
-
-def _registry_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--registry", default="registry", metavar="FOLDER", help="the registry's folder or URI (%(default)s)"
-    )
-    parser.add_argument("--reason", required=True, help="kept in the registry's log")
+    reason_option(p)
+    registry_option(p)
 
 
 def watch(args: argparse.Namespace, output: Output) -> int:

@@ -15,7 +15,7 @@ import pytest
 from qwen_ray import registry_verbs, watch_verbs
 from qwen_ray.errors import EXIT_GATE_SAID_NO, EXIT_OK, UserError
 from qwen_ray.registry import CANDIDATE, PRODUCTION, Registry
-from qwen_ray.registry.records import promote_against, record_evaluation, record_override, record_verdict
+from qwen_ray.registry.records import promote_against, record_evaluation, record_verdict
 from qwen_ray.storage import update
 from qwen_ray.verbs import Output
 
@@ -234,4 +234,4 @@ def test_records_that_say_nothing_are_refused(two: Registry) -> None:
     with pytest.raises(UserError, match="no verdict"):
         record_verdict(two, two.get("bio", 1), {"verdict": "maybe"}, baseline="base", run=None)
     with pytest.raises(UserError, match="needs a reason"):
-        record_override(two, "bio", 1, verdict="hold", reason=" ", by="ada")
+        promote_against(two, two.get("bio", 1), verdict="hold", reason=" ", by="ada")

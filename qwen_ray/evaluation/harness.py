@@ -58,7 +58,7 @@ def evaluate(
             fewshot_random_seed=SEED,
         )
     items = [item for category in suite.categories for item in _items(category, results["samples"])]
-    summaries = {c.name: _summary(c, items) for c in suite.categories}
+    summaries = {c.name: summarise(c, items) for c in suite.categories}
     return {
         "schema": SCHEMA,
         "model": model,
@@ -106,7 +106,8 @@ def _items(category: Category, samples: dict[str, list[dict[str, Any]]]) -> list
     return rows
 
 
-def _summary(category: Category, items: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(category: Category, items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A category's mean score over its items, with their count and a 95% interval (Wilson)."""
     scores = [item["score"] for item in items if item["category"] == category.name]
     return {
         "role": category.role,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from qwen_ray.errors import did_you_mean
@@ -25,11 +26,28 @@ from qwen_ray.manifests import (
     references,
     schema,
 )
-from qwen_ray.manifests.faults import Fault
+from qwen_ray.manifests.faults import Fault, Rules
 from qwen_ray.manifests.load import Loaded, load
 from qwen_ray.manifests.objects import Manifest, Part, cluster, job, pods
 
 Profile = Literal["api", "production"]
+RULE_MODULES = (
+    entry_points,
+    hardening,
+    launcher,
+    pod_rules,
+    production,
+    queues,
+    ray_cluster,
+    ray_job,
+    ray_options,
+)
+
+
+def rule_names(*modules: ModuleType) -> set[str]:
+    """Names of the rules in these modules (default: all of :data:`RULE_MODULES`)."""
+    values = [value for module in modules or RULE_MODULES for value in vars(module).values()]
+    return {name for rules in values if isinstance(rules, Rules) for name in rules.names()}
 
 
 @dataclass

@@ -134,16 +134,30 @@ class Hardware:
         return f"{nodes}{self.gpus_per_node} x {self.gpu.name}"
 
 
-def hardware(gpu: str, *, gpus_per_node: int = 1, nodes: int = 1, price: float | None = None) -> Hardware:
-    """From the catalogue, with another ``price`` ($/h of one GPU) if given. Unknown: :class:`UserError`."""
+def hardware(
+    gpu: str,
+    *,
+    gpus_per_node: int = 1,
+    nodes: int = 1,
+    price: float | None = None,
+    network: float | None = None,
+) -> Hardware:
+    """From the catalogue, with another ``price`` ($/h of one GPU) or ``network`` (Gb/s of all
+    ports of a node together, one direction) if given. Unknown: :class:`UserError`."""
     if gpu not in GPUS:
         raise UserError(f"unknown GPU '{gpu}'", where="--gpu", fix=did_you_mean(gpu, GPUS))
     if gpus_per_node < 1 or nodes < 1:
         raise UserError("there must be at least one GPU and one node", where="--gpus, --nodes")
     if price is not None and price < 0:
         raise UserError(f"a price cannot be negative ({price:g})", where="--price")
-    known = GPUS[gpu]
-    return Hardware(known if price is None else replace(known, price=price), gpus_per_node, nodes)
+    if network is not None and not network > 0:
+        raise UserError(f"a network that carries {network:g} Gb/s trains nothing", where="--network")
+    chosen = GPUS[gpu]
+    if price is not None:
+        chosen = replace(chosen, price=price)
+    if network is not None:
+        chosen = replace(chosen, network=network / 8 * 1e9 / gpus_per_node)
+    return Hardware(chosen, gpus_per_node, nodes)
 
 
 def nearest(memory: int) -> Gpu:

@@ -259,7 +259,8 @@ class Rate:
         return self.predicted / self.measured - 1
 
 
-def _run(method: str, length: int, rows: int, micro: int, strategy: str = "ddp", **more: Any) -> RunConfig:
+def run_of(method: str, length: int, rows: int, micro: int, strategy: str = "ddp", **more: Any) -> RunConfig:
+    """The run of a published row: ``rows`` of ``length`` tokens at a time, ``micro`` times a step."""
     tree: dict[str, Any] = {
         "method": {"name": method, "r": more.pop("r", 16)},
         "data": {"max_length": length},
@@ -277,26 +278,26 @@ def _rates() -> list[Rate]:
     qwen7, qwen14 = QWEN25["7b"], QWEN25["14b"]
     bf16 = {"precision": "pure_bf16"}
     rows: list[tuple[str, str, float, Shape, Hardware, RunConfig]] = [
-        ("Qwen2.5-7B LoRA, 1 x H100", _AUTO, 14110, qwen7, h100, _run("lora", 4096, 2, 16)),
-        ("Llama3-8B LoRA, 1 x H100", _AUTO, 12473, LLAMA31_8B, h100, _run("lora", 4096, 2, 16)),
+        ("Qwen2.5-7B LoRA, 1 x H100", _AUTO, 14110, qwen7, h100, run_of("lora", 4096, 2, 16)),
+        ("Llama3-8B LoRA, 1 x H100", _AUTO, 12473, LLAMA31_8B, h100, run_of("lora", 4096, 2, 16)),
     ]
     for stage, measured in ((2, 1588), (3, 1552)):
-        config = _run("full", 8192, 1, 2, "deepspeed", zero_stage=stage, checkpointing=True)
+        config = run_of("full", 8192, 1, 2, "deepspeed", zero_stage=stage, checkpointing=True)
         name = f"Qwen2.5-14B full, 8 x A800, ZeRO-{stage}, checkpointing"
         rows.append((name, _SWIFT, measured, qwen14, eight_a100, config))
     for name, measured, config in (
-        ("full, compile", 9174, _run("full", 4096, 2, 1, **bf16)),
-        ("full, compile, checkpointing", 7210, _run("full", 4096, 2, 1, checkpointing=True, **bf16)),
-        ("LoRA r=64, compile, checkpointing", 8210, _run("lora", 4096, 2, 1, r=64, checkpointing=True)),
-        ("QLoRA r=64, compile, checkpointing", 8035, _run("qlora", 4096, 2, 1, r=64, checkpointing=True)),
+        ("full, compile", 9174, run_of("full", 4096, 2, 1, **bf16)),
+        ("full, compile, checkpointing", 7210, run_of("full", 4096, 2, 1, checkpointing=True, **bf16)),
+        ("LoRA r=64, compile, checkpointing", 8210, run_of("lora", 4096, 2, 1, r=64, checkpointing=True)),
+        ("QLoRA r=64, compile, checkpointing", 8035, run_of("qlora", 4096, 2, 1, r=64, checkpointing=True)),
     ):
         rows.append((f"Llama3.2-3B {name}, 1 x A100", _TUNE, measured, LLAMA32_3B, a100, config))
-    config = _run("full", 8192, 1, 1, "fsdp")
+    config = run_of("full", 8192, 1, 1, "fsdp")
     rows.append(("Llama3.1-8B full, 8 x H100, FSDP, compile", _TITAN, 6667, LLAMA31_8B, eight_h100, config))
-    config = _run("full", 16384, 1, 2, "fsdp", checkpointing=True)
+    config = run_of("full", 16384, 1, 2, "fsdp", checkpointing=True)
     rows.append(("Qwen3-4B full, 8 x H100, FSDP, checkpointing", _PRIME, 6215, QWEN3_4B, eight_h100, config))
     for shape, seconds in ((QWEN_7B, 21.3), (QWEN_14B, 36.0)):
-        config = _run("lora", 8192, 1, 8, r=64, checkpointing=True)
+        config = run_of("lora", 8192, 1, 8, r=64, checkpointing=True)
         name = f"{shape.name} LoRA r=64, 1 x A100, 8192 tokens, checkpointing"
         rows.append((name, _QWEN, 8 * 8192 / seconds, shape, a100, config))
     return [Rate(*row) for row in rows]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qwen_ray.config import RunConfig
 from qwen_ray.planner import speed
 from qwen_ray.planner.hardware import Hardware
-from qwen_ray.planner.published import LLAMA31_8B, QWEN_7B, _run
+from qwen_ray.planner.published import LLAMA31_8B, QWEN_7B, run_of
 from qwen_ray.planner.scaling import cluster
 from qwen_ray.planner.shapes import QWEN25, Shape
 
@@ -105,7 +105,7 @@ def _mpt_series(
             Run(
                 rate,
                 cluster(gpu, n, ports),
-                _run("full", 2048, batch, micro, "fsdp", checkpointing=checkpointing),
+                run_of("full", 2048, batch, micro, "fsdp", checkpointing=checkpointing),
             ),
         )
         for n, rate, batch, micro in rows
@@ -118,7 +118,7 @@ def _mpt_series(
 def _steps() -> list[Step]:
     steps = []
     for what, eight, many in ((", compile", 6667.0, 6514.0), ("", 5762.0, 5605.0)):
-        config = _run("full", 8192, 2, 1, "fsdp")
+        config = run_of("full", 8192, 2, 1, "fsdp")
         runs = [(n, Run(r, cluster("h100-80gb", n, 400e9), config)) for n, r in ((8, eight), (128, many))]
         steps += _series(f"Llama3.1-8B full, h100-80gb, FSDP{what}", _TITAN, LLAMA31_8B, runs)
     h100, a100 = ("h100-80gb", 400e9), ("a100-40gb", 200e9)
@@ -144,12 +144,12 @@ def _steps() -> list[Step]:
     steps += _mpt_series("13b", *a100, True, [(8, 1668, 4, 16), (16, 1993, 10, 1)])
     # Two GPUs of a tensor-parallel pair gather half a model each, twice as often: as many bytes as here.
     runs = [
-        (n, Run(rate, cluster("h100-80gb", n, 400e9), _run("lora", 4096, 2, micro, "fsdp")))
+        (n, Run(rate, cluster("h100-80gb", n, 400e9), run_of("lora", 4096, 2, micro, "fsdp")))
         for n, rate, micro in ((8, 2250.31, 2), (16, 2072.89, 1))
     ]
     steps += _series("Qwen2.5-32B LoRA, h100-80gb, FSDP and TP 2", _AUTO, QWEN25["32b"], runs)
     for length, one, four in ((1024, 2.8, 5.17), (8192, 21.3, 37.4)):
-        config = _run("lora", length, 1, 8, "deepspeed", r=64, checkpointing=True)
+        config = run_of("lora", length, 1, 8, "deepspeed", r=64, checkpointing=True)
         runs = [
             (n, Run(1 / seconds, cluster("a100-80gb", n, 12.5e9, gpus_per_node=2), config))
             for n, seconds in ((1, one), (4, four))

@@ -7,11 +7,11 @@ keeps the rows of a GPU, strong scaling those of a step. ``docs/scaling.md`` hol
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qwen_ray.config import RunConfig
 from qwen_ray.planner import speed
-from qwen_ray.planner.hardware import GPUS, Hardware
+from qwen_ray.planner.hardware import Hardware, hardware
 from qwen_ray.planner.layouts import Layout
 from qwen_ray.planner.plan import plan
 from qwen_ray.planner.shapes import QWEN25
@@ -33,7 +33,7 @@ ROWS_A_GPU, ROWS_A_STEP, LENGTH = 4, 512, 4096
 def cluster(gpu: str, gpus: int, ports: float, *, gpus_per_node: int = 8) -> Hardware:
     """``gpus`` of the catalogue's ``gpu`` in nodes whose ports carry ``ports`` bytes/s together."""
     each = min(gpus, gpus_per_node)
-    return Hardware(replace(GPUS[gpu], network=ports / each), each, gpus // each)
+    return hardware(gpu, gpus_per_node=each, nodes=gpus // each, network=ports * 8 / 1e9)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def point(model: str, strategy: str, gpus: int, ports: float, *, rows: int) -> P
         raise RuntimeError(f"{model} {strategy} does not fit on {gpus} GPUs")
     shape = QWEN25[model]
     trained = shape.parameters if method == "full" else shape.adapter(best.config.method)
-    return Point(best, sum(speed._exchange(best.config, shape, trained, gpus)))
+    return Point(best, sum(speed.exchanged_bytes(best.config, shape, trained, gpus)))
 
 
 def weak(model: str, strategy: str, ports: float) -> list[Point]:

@@ -96,7 +96,7 @@ def predict(
         # Each pass reads 4 bits and writes and reads 2 bytes of every weight it expands.
         passes = 3 if config.compute.activation_checkpointing else 2
         compute += micro * passes * shape.matrices * 4.5 / gpu.bandwidth
-    hidden, open_ = _exchange(config, shape, trained, n)
+    hidden, open_ = exchanged_bytes(config, shape, trained, n)
     rate = hardware.collective * BUS
     exchange = max(0.0, hidden / rate - compute) + open_ / rate
     shards = n if strategy.name != "ddp" else 1
@@ -121,7 +121,7 @@ def predict(
     return Speed(compute, exchange, update, transfer, speed.tokens, mfu)
 
 
-def _exchange(config: RunConfig, shape: Shape, trained: int, n: int) -> tuple[float, float]:
+def exchanged_bytes(config: RunConfig, shape: Shape, trained: int, n: int) -> tuple[float, float]:
     """Bytes that a GPU sends in a step: (while computing, after it). Rings: (n - 1) / n of each tensor."""
     if n == 1:
         return 0.0, 0.0

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from qwen_ray.errors import UserError
-from qwen_ray.fsio import fsync_dir, fsync_tree
+from qwen_ray.fsio import new_folder
 from qwen_ray.registry.registry import Registry
 from qwen_ray.registry.version import MANIFEST, AdapterVersion
 
@@ -33,15 +32,6 @@ def export_adapter(
         return merge(base or known.get("location") or known["id"], [(version.path, 1.0)], to)
     if to.exists():
         raise UserError("this folder exists", where=str(to), fix="choose another, or remove it")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}-"))
-    try:
+    with new_folder(to) as staging:
         shutil.copytree(version.path, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
-        fsync_tree(staging)
-        staging.chmod(0o755)
-        staging.rename(to)
-        fsync_dir(to.parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return to

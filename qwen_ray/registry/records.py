@@ -46,13 +46,6 @@ def record_verdict(
     return registry.record(version.name, version.version, "verdict", value)
 
 
-def record_override(
-    registry: Registry, name: str, version: int, *, verdict: str | None, reason: str, by: str
-) -> Event:
-    """Note that somebody promotes a version against a gate's ``verdict``, or without one (None)."""
-    return registry.record(name, version, "override", _override(f"{name}@{version}", verdict, reason, by))
-
-
 def promote_against(
     registry: Registry,
     version: AdapterVersion,
@@ -64,16 +57,12 @@ def promote_against(
 ) -> None:
     """Point production at a version against a gate's ``verdict``, or without one (None), and note that it was
     against it, in one step: a move that is refused (see :meth:`Registry.point`) leaves neither."""
-    value = _override(version.ref, verdict, reason, by)
+    if not reason.strip():
+        raise UserError("an override needs a reason", where=version.ref, fix="say why, in words")
+    value = {"verdict": verdict, "reason": reason, "by": by}
 
     def act(change: Change) -> None:
         change.override(version.version, value)
         change.point(PRODUCTION, version.version, reason=reason, by=by, was=was)
 
     registry.change(version.name, act)
-
-
-def _override(ref: str, verdict: str | None, reason: str, by: str) -> dict[str, Any]:
-    if not reason.strip():
-        raise UserError("an override needs a reason", where=ref, fix="say why, in words")
-    return {"verdict": verdict, "reason": reason, "by": by}

@@ -146,15 +146,7 @@ class Registry:
             return self.get(name, int(at))
         version = self.aliases(name).get(at)
         if version is None:
-            have = ", ".join(f"{name}@{v}" for v in self.versions(name))
-            if not have:
-                raise self._unknown(name)
-            raise UserError(
-                f"adapter '{name}' has no '{at}' version",
-                where=self.location,
-                fix=f"name one of: {have}",
-                status=404,
-            )
+            raise self._absent(name, f"'{at}' version")
         return self.files.open(name, version, self._document(name, version))
 
     def lineage(self, name: str, version: int) -> dict[str, Any]:
@@ -287,15 +279,7 @@ class Registry:
     def _document(self, name: str, version: int) -> Document:
         document = self.files.document(_checked(name), version)
         if document is None:
-            have = self.versions(name)
-            if not have:
-                raise self._unknown(name)
-            raise UserError(
-                f"adapter '{name}' has no version {version}",
-                where=self.location,
-                fix=f"published: {', '.join(map(str, have))}",
-                status=404,
-            )
+            raise self._absent(name, f"version {version}")
         return document
 
     def state(self, name: str) -> State:
@@ -341,6 +325,17 @@ class Registry:
                 change.hold(version)
 
         self.change(name, hold)
+
+    def _absent(self, name: str, what: str) -> UserError:
+        have = self.versions(name)
+        if not have:
+            return self._unknown(name)
+        return UserError(
+            f"adapter '{name}' has no {what}",
+            where=self.location,
+            fix=f"name one of: {', '.join(f'{name}@{v}' for v in have)}",
+            status=404,
+        )
 
     def _unknown(self, name: str) -> UserError:
         names = self.names()

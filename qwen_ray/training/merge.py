@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ray import __version__, models
 from qwen_ray.errors import UserError
-from qwen_ray.fsio import fsync_dir, fsync_tree, read_json, sha256_file, sha256_json, write_json
+from qwen_ray.fsio import new_folder, read_json, sha256_file, sha256_json, write_json
 from qwen_ray.registry import LINEAGE
 
 if TYPE_CHECKING:
@@ -91,18 +90,9 @@ def merge(
             where=str(next(a.folder for a in read if a.dora)),
             fix="merge it alone, with weight 1",
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
+    with new_folder(out) as staging:
         _write_weights(models.model_folder(ref), staging, read, dtype)
         _write_rest(models.model_folder(ref), staging, read, base, dtype)
-        fsync_tree(staging)
-        staging.chmod(0o755)
-        staging.rename(out)
-        fsync_dir(out.parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return out
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qwen_ray.evaluation.compare import compare
-from qwen_ray.evaluation.harness import _summary
+from qwen_ray.evaluation.harness import summarise
 from qwen_ray.evaluation.improvements import improvements, title
 from qwen_ray.evaluation.report_text import improvements_markdown, improvements_table
 from qwen_ray.evaluation.suites import Category
@@ -22,7 +22,7 @@ def served(
     """The result of a model with so many of 100 right."""
     scores = {"biology": biology, "arithmetic": arithmetic, "untaught": untaught}
     value = result({name: right(n, 100) for name, n in scores.items()})
-    summaries = {c: _summary(Category(c, role, (c,), "acc"), value["items"]) for c, role in ROLES.items()}  # type: ignore[arg-type]
+    summaries = {c: summarise(Category(c, role, (c,), "acc"), value["items"]) for c, role in ROLES.items()}  # type: ignore[arg-type]
     return value | {
         "settings": {"limit": 100},
         "created_at": "2026-01-01T00:00:00+00:00",

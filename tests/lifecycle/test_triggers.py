@@ -15,7 +15,7 @@ from qwen_ray.lifecycle import accuracy, endpoint_metrics, triggers
 from qwen_ray.lifecycle.cron import Schedule
 from qwen_ray.lifecycle.watch_spec import AccuracyTrigger, DataTrigger, DriftTrigger, WatchSpec
 from qwen_ray.registry import Registry
-from qwen_ray.registry.records import record_evaluation, record_override, record_verdict
+from qwen_ray.registry.records import promote_against, record_evaluation, record_verdict
 from qwen_ray.serving.metrics import Metrics
 from qwen_ray.serving.usage import Usage
 from qwen_ray.storage import open_storage
@@ -188,8 +188,7 @@ def test_pairs_of_items_make_a_fall_certain(registry: Registry, tmp_path: Path) 
     path.write_text(json.dumps(was))
     version = publish(registry, tmp_path, "facts", 4)
     record_evaluation(registry, version, was, location=str(path))
-    record_override(registry, "facts", 4, verdict="hold", reason="we know better", by="me")
-    registry.point("facts", "production", 4, reason="test")
+    promote_against(registry, version, verdict="hold", reason="we know better", by="me")
     _, (fall,) = checked(registry, tmp_path, now)
     assert fall.facts["significant"] is True
     path.write_text(json.dumps(was | {"created_at": "later"}))
@@ -212,7 +211,7 @@ def test_production_is_held_to_the_version_last_judged_fit(registry: Registry) -
     assert held_to(2) == 2
     assert held_to(1) == 1  # a rollback: it was fit, as it was
     assert held_to(3) == 2  # a version that was refused does not set its own bar
-    record_override(registry, "facts", 3, verdict="hold", reason="we need it", by="me")
+    promote_against(registry, registry.get("facts", 3), verdict="hold", reason="we need it", by="me")
     assert held_to(3) == 3
 
 

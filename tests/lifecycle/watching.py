@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ray.evaluation import suites
-from qwen_ray.evaluation.statistics import wilson
+from qwen_ray.evaluation.harness import summarise
 from qwen_ray.registry import AdapterVersion, Registry
 
 BASE = {"id": "tiny", "fingerprint": "made up"}
@@ -33,10 +33,7 @@ def evaluation(**scores: float) -> dict[str, Any]:
     for category in suite.categories:
         right = round(scores.get(category.name, 0.5) * ITEMS)
         items += [{"category": category.name, "id": str(i), "score": float(i < right)} for i in range(ITEMS)]
-    summaries = {
-        category.name: _summary(category, [i["score"] for i in items if i["category"] == category.name])
-        for category in suite.categories
-    }
+    summaries = {category.name: summarise(category, items) for category in suite.categories}
     controls = {category.name for category in suite.categories if category.role == "control"}
     return {
         "schema": "qwen-ray/eval-result/1",
@@ -49,16 +46,6 @@ def evaluation(**scores: float) -> dict[str, Any]:
         "categories": {name: one for name, one in summaries.items() if name not in controls},
         "controls": {name: summaries[name] for name in controls},
         "items": items,
-    }
-
-
-def _summary(category: Any, scores: list[float]) -> dict[str, Any]:
-    return {
-        "role": category.role,
-        "metric": category.metric,
-        "n": len(scores),
-        "score": sum(scores) / len(scores),
-        "ci": list(wilson(sum(scores), len(scores))),
     }
 
 

@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("cel", reason="common-expression-language is not installed (extra manifests)")
-pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed (extra manifests)")
-
-from qwen_ray.manifests.check import Report, check_loaded
-from qwen_ray.manifests.faults import Rules
+from qwen_ray.manifests import launcher
+from qwen_ray.manifests.check import Report, check_loaded, rule_names
 from qwen_ray.manifests.load import Loaded
 from qwen_ray.manifests.objects import Manifest
 from tests.manifests import sound
@@ -521,25 +518,7 @@ def test_files_that_a_config_map_brings_are_read_as_their_commands_would(data, e
 
 
 def test_every_rule_has_a_fault_planted_for_it():
-    from qwen_ray.manifests import (
-        entry_points,
-        hardening,
-        pod_rules,
-        production,
-        queues,
-        ray_cluster,
-        ray_job,
-        ray_options,
-    )
-
-    modules = (entry_points, hardening, pod_rules, production, queues, ray_cluster, ray_job, ray_options)
-    rules = {
-        name
-        for module in modules
-        for value in vars(module).values()
-        if isinstance(value, Rules)
-        for name in value.names()
-    }
+    rules = rule_names() - rule_names(launcher)  # whose faults tests/manifests/test_launcher.py plants
     planted = {rule for case in cases() for rule in str(case.values[1]).split()} | {"secret-in-file"}
 
     assert rules - planted == set()

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("cel", reason="common-expression-language is not installed (extra manifests)")
-pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed (extra manifests)")
-
 from qwen_ray.manifests import pack, schema
 from qwen_ray.manifests.check import check
 
@@ -51,6 +48,8 @@ def test_the_production_profile_is_for_production_only(tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the CRD files are in ../shared/schemas")
 def test_the_packed_definitions_are_those_of_the_releases():
+    """Skipped where the releases' own files are not: they are megabytes, and what is packed is made of them.
+    Every other test here runs on the packed ones."""
     files = pack.packed(sorted(SHARED.rglob("crds/*.yaml")))
 
     assert {name: (schema.FOLDER / name).read_bytes() for name in files} == files

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("cel", reason="common-expression-language is not installed (extra manifests)")
-pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed (extra manifests)")
-
 from qwen_ray.manifests.check import check
 from tests.manifests.test_check import needs_kubectl
 

@@ -145,7 +145,8 @@ def test_cost_follows_price_tokens_and_epochs() -> None:
 
 def test_slow_network_favours_fewer_bytes() -> None:
     fast = hardware("h100-80gb", gpus_per_node=8, nodes=2)
-    slow = replace(fast, gpu=replace(fast.gpu, network=1e9))
+    slow = hardware("h100-80gb", gpus_per_node=8, nodes=2, network=64)
+    assert (fast.collective, slow.collective) == (400e9, 8e9)
     a, b = (plan(_config("3b"), machine, 1e6).best for machine in (fast, slow))
     assert a is not None
     assert b is not None
@@ -216,7 +217,7 @@ def test_hardware() -> None:
     assert nearest(47 * 10**9).memory == 47 * 10**9
     assert isinstance(hardware("l4-24gb"), Hardware)
     wrong: list[dict[str, Any]] = [{"gpu": "h100"}, {"gpu": "l4-24gb", "nodes": 0}]
-    for arguments in [*wrong, {"gpu": "l4-24gb", "price": -1}]:
+    for arguments in [*wrong, {"gpu": "l4-24gb", "price": -1}, {"gpu": "l4-24gb", "network": 0}]:
         with pytest.raises(UserError):
             hardware(**arguments)
 

@@ -10,7 +10,7 @@ from qwen_ray.config import RunConfig
 from qwen_ray.planner import speed
 from qwen_ray.planner.hardware import GPUS
 from qwen_ray.planner.plan import plan
-from qwen_ray.planner.published import LLAMA31_8B, _run
+from qwen_ray.planner.published import LLAMA31_8B, run_of
 from qwen_ray.planner.published_scaling import MPT, STEPS, TOLERANCE, Step
 from qwen_ray.planner.scaling import (
     LENGTH,
@@ -58,7 +58,7 @@ def test_shapes_of_mpt_have_the_published_sizes() -> None:
 
 def test_a_published_step_that_is_all_exchange() -> None:
     # LLaMA-Factory issue 5014: 90 s a step with ZeRO-3 over 10 Gb/s, about 4 s on one node.
-    config = _run("lora", 2048, 1, 2, "deepspeed", zero_stage=3, r=8)
+    config = run_of("lora", 2048, 1, 2, "deepspeed", zero_stage=3, r=8)
     seconds = [
         speed.predict(config, LLAMA31_8B, cluster("a100-80gb", n, 1.25e9), length=200).seconds
         for n in (8, 16)

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen_ray.fsio import write_json
 from qwen_ray.registry import CANDIDATE, PRODUCTION, Registry
-from qwen_ray.registry.records import record_evaluation, record_override, record_verdict
+from qwen_ray.registry.records import promote_against, record_evaluation, record_verdict
 
 HOSTILE = '<script>alert("x")</script> & **bold** | `code` $x_1$ </svg> ' + "w" * 90
 CATEGORIES = {
@@ -151,8 +151,12 @@ def play_year(root: Path, versions: int = 32) -> Registry:
         )
         if word == "promote" or i == 10:
             if i == 10:
-                record_override(registry, "facts", i, verdict=word, reason=f"needed now {HOSTILE}", by="ana")
-            registry.point("facts", PRODUCTION, i, reason=f"verdict of run {i}", by=f"run {i:04d}", was=now)
+                promote_against(
+                    registry, made, verdict=word, reason=f"needed now {HOSTILE}", by="ana", was=now
+                )
+            else:
+                reason, by = f"verdict of run {i}", f"run {i:04d}"
+                registry.point("facts", PRODUCTION, i, reason=reason, by=by, was=now)
             served[i], now = scores, i
         if i == 17 and now:
             calendar.days(2)
