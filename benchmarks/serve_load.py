@@ -1,9 +1,15 @@
 """The server under more load than it can take: what it answers, how late, and what it does with its memory.
 
 Not a comparison. One replica of the embedded model serves the base and four adapters, of which three fit in
-memory. Its capacity is measured with clients that wait for their answers; then requests arrive at 1.5 times
-that rate, at random moments (Poisson) and whether or not earlier ones were answered. It should refuse what is
-too much at once (429 with Retry-After), time out never, and end as large as it was.
+memory. Clients that wait for their answers fill its cache of prompts' beginnings, and measure its capacity;
+then requests arrive at 1.5 times that rate, at random moments (Poisson) and whether or not earlier ones were
+answered. It should refuse what is too much at once (429 with Retry-After), time out never, and end as large
+as it was. ``met`` in the report:
+
+``no_crash``: the processes are those of the start, and answer afterwards. ``refused_not_late``: every answer
+is 200 or 429, these with Retry-After. ``memory_flat``: in each process of the server the median of the
+resident set over the last quarter of the load is at most 5 % above that over the second quarter. The first
+quarter does not count: 256 requests at one time take more memory than the 32 that filled the cache.
 
     python benchmarks/serve_load.py --out FILE [--minutes 5] [--quick]
 """
@@ -13,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -37,7 +44,18 @@ ADAPTERS, RESIDENT = 4, 3
 CONTEXT, CONTINUATION, CHOICES = 60, 6, 4
 NEW_TOKENS = 16
 CLIENT_SECONDS = 60.0  # after which a client gives up; the server's own limit is 30
-SAMPLE_SECONDS = 2.0
+SAMPLE_SECONDS = 1.0
+FULL = 0.9  # of its limit; the cache loses a part whenever an adapter is dropped
+FILL_SECONDS = 5.0  # between looks at it
+MOST_FILL_SECONDS = 300.0
+FLAT = 0.05  # growth from the second quarter to the last
+# Of the server, by how Ray names them.
+PROCESSES = {
+    "ray::ServeReplica:qwen-ray:engine": "engine",
+    "ray::ServeReplica:qwen-ray:ingress": "ingress",
+    "ray::ProxyActor": "proxy",
+    "ray::ServeController": "controller",
+}
 
 
 @dataclass
@@ -146,21 +164,39 @@ async def open_loop(http: aiohttp.ClientSession, rate: float, seconds: float) ->
     return tally, sent / took
 
 
+async def cache(http: aiohttp.ClientSession) -> dict[str, float]:
+    """MiB of the cache of prompts' beginnings: its limit, and what is in it."""
+    async with http.get("/health") as reply:
+        load = (await reply.json())["load"]
+    return {"limit": load["max_prefix_bytes"] / 2**20, "filled": round(load["prefix_bytes"] / 2**20, 1)}
+
+
+async def fill(http: aiohttp.ClientSession) -> dict[str, float]:
+    """Send requests until the cache is full, and return what is in it; adapters are loaded then too."""
+    end = time.perf_counter() + MOST_FILL_SECONDS
+    while True:
+        await closed_loop(http, FILL_SECONDS)
+        found = await cache(http)
+        if found["filled"] >= FULL * found["limit"] or time.perf_counter() > end:
+            return found
+
+
 def server_processes() -> dict[int, str]:
-    """Engine replica and ingress by process id."""
+    """Those of the server by process id."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
             title = "".join(process.cmdline()[:1])
         except psutil.Error:
             continue
-        if title.startswith("ray::ServeReplica:"):
-            found[process.pid] = title.split(":")[-1]
+        for start, name in PROCESSES.items():
+            if title.startswith(start):
+                found[process.pid] = name
     return found
 
 
 async def watch(pids: dict[int, str], samples: dict[str, list[float]]) -> None:
-    """MiB in memory of each process, every few seconds."""
+    """MiB in memory of each process, every second."""
     while True:
         for pid, name in pids.items():
             if psutil.pid_exists(pid):
@@ -168,12 +204,21 @@ async def watch(pids: dict[int, str], samples: dict[str, list[float]]) -> None:
         await asyncio.sleep(SAMPLE_SECONDS)
 
 
+def memory(samples: list[float]) -> dict[str, Any]:
+    """Medians of the quarters of a process's samples, and whether it is flat."""
+    quarter = max(1, len(samples) // 4)
+    parts = [samples[i * quarter : (i + 1) * quarter] or samples[-1:] for i in range(4)]
+    medians = [round(statistics.median(part), 1) for part in parts]
+    growth = medians[3] / medians[1] - 1
+    return {"quarters_mib": medians, "growth": round(growth, 4), "flat": growth <= FLAT}
+
+
 async def measure(url: str, *, capacity_seconds: float, load_seconds: float) -> dict[str, Any]:
     connections = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=CLIENT_SECONDS)
     # Not httpx: with a thousand connections its pool takes more time than the server.
     async with aiohttp.ClientSession(url, connector=connections, timeout=timeout) as http:
-        await closed_loop(http, capacity_seconds / 2)  # warm: adapters loaded, memory grown
+        full = await fill(http)
         capacity = await closed_loop(http, capacity_seconds)
         pids = server_processes()
         samples: dict[str, list[float]] = {name: [] for name in pids.values()}
@@ -182,17 +227,23 @@ async def measure(url: str, *, capacity_seconds: float, load_seconds: float) -> 
         watching.cancel()
         afterwards = Tally()
         await send(http, random.Random(0), afterwards)
+        after = await cache(http)
+    grown = {name: memory(found) for name, found in samples.items()}
+    same = server_processes() == pids
     return {
         "capacity_per_second": round(capacity, 1),
         "offered_per_second": round(rate, 1),
         "answered_per_second": round(len(tally.seconds) / load_seconds, 1),
         **tally.describe(),
-        "memory_mib": {
-            name: {"start": round(s[0]), "middle": round(s[len(s) // 2]), "end": round(s[-1])}
-            for name, s in samples.items()
-        },
-        "same_processes": server_processes() == pids,
+        "cache_mib": {**full, "end": after["filled"]},
+        "memory": grown,
+        "same_processes": same,
         "afterwards": afterwards.describe()["by_status"],
+        "met": {
+            "no_crash": same and set(afterwards.statuses) == {"200"},
+            "refused_not_late": set(tally.statuses) <= {"200", "429"} and not tally.without_retry_after,
+            "memory_flat": all(one["flat"] for one in grown.values()),
+        },
     }
 
 
@@ -210,6 +261,7 @@ def main() -> None:
         settings: dict[str, Any] = {
             "adapter_bytes": int((RESIDENT + 0.5) * size),
             "limits": {"timeout_seconds": 30, **({"in_flight": 24} if args.quick else {})},
+            **({"prefix_bytes": 4 * 2**20} if args.quick else {}),
         }
         cluster.connect("local", num_cpus=2)
         try:
@@ -222,10 +274,11 @@ def main() -> None:
             cluster.disconnect()
     report = {"name": "serve_load", "quick": args.quick, "load_seconds": load_seconds, "settings": settings}
     write_json(args.out, {**report, **about, **found})
+    grown = {name: one["quarters_mib"] for name, one in found["memory"].items()}
     print(
         f"serve_load: {found['by_status']} at {found['offered_per_second']}/s of"
         f" {found['capacity_per_second']}/s; answered in {found['answered_seconds']} s;"
-        f" memory {found['memory_mib']} -> {args.out}",
+        f" MiB by quarters {grown}; met {found['met']} -> {args.out}",
         file=sys.stderr,
     )
 

@@ -116,8 +116,11 @@ def check_room(each: Mapping[str, float], count: int, what: str, *, where: str) 
 
 
 def disconnect() -> None:
-    """Leave the cluster; a cluster that :func:`connect` started ends with this process."""
+    """Leave the cluster; one that :func:`connect` started ends. Only ``ray.init`` or :func:`connect` joins
+    one again: not the next call of a thread that Ctrl-C has left in the middle of its work."""
     import ray
+    from ray._private import auto_init_hook
 
+    auto_init_hook.enable_auto_connect = False  # what RAY_ENABLE_AUTO_CONNECT=0 sets, of this process alone
     if ray.is_initialized():
         ray.shutdown()

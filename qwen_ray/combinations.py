@@ -58,6 +58,13 @@ def _strategy(config: RunConfig) -> Iterator[UserError]:
             where="strategy.offload_parameters",
             fix="strategy.zero_stage=3, or strategy.offload_parameters=none",
         )
+    if strategy.offload_optimizer == "nvme" and strategy.zero_stage < 3:
+        yield UserError(
+            f"ZeRO stage {strategy.zero_stage} holds an offloaded optimizer's state in host memory, not on "
+            "NVMe",
+            where="strategy.offload_optimizer",
+            fix="strategy.zero_stage=3, or strategy.offload_optimizer=cpu",
+        )
     offloads = {strategy.offload_parameters, strategy.offload_optimizer}
     if "nvme" in offloads and not strategy.nvme_path:
         yield UserError(

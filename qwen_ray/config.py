@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from qwen_ray import models
 from qwen_ray.errors import UserError, did_you_mean
+from qwen_ray.manifests.names import label_key, label_value
 
 
 class Section(BaseModel):
@@ -145,7 +146,7 @@ class StrategyConfig(Section):
     zero_stage: Literal[1, 2, 3] = 2
     """deepspeed: shard the optimizer state (1), gradients too (2), parameters too (3)."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """deepspeed: where the optimizer state is kept and stepped."""
+    """deepspeed: where the optimizer state is kept and stepped; nvme at stage 3 only."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """deepspeed stage 3: where parameters wait when not in use."""
     nvme_path: str | None = None
@@ -189,6 +190,21 @@ class ClusterConfig(Section):
     """How long to wait for the cluster to have room for the workers; nodes may have to be started."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a lost worker group is started again from the newest checkpoint."""
+    labels: dict[str, str] = {}
+    """Ray labels of the nodes that train: `ray start --labels`, or `labels` of a group in KubeRay. Ray's own,
+    such as ray.io/accelerator-type, too. Default: any node."""
+
+    @model_validator(mode="after")
+    def _labels_choose_workers_nodes(self) -> ClusterConfig:
+        for key, value in self.labels.items():
+            if wrong := label_key(key) or label_value(value):
+                raise ValueError(wrong)
+        if self.labels and self.workers == 0:
+            raise ValueError("labels choose the nodes of workers, and workers is 0")
+        if self.labels and self.min_workers is not None:
+            # Ray 2.60 decides how many workers there is room for without a look at labels.
+            raise ValueError("an elastic run takes any node: give either labels or min_workers")
+        return self
 
 
 class EvaluateConfig(Section):

@@ -23,7 +23,9 @@ def add(verbs: Any) -> None:
     )
     p.add_argument("file", help="sweep (YAML), see docs/sweeps.md")
     p.add_argument("--out", metavar="FOLDER", help="the sweep's folder (the file's out)")
-    p.add_argument("--resume", action="store_true", help="go on with the sweep in its folder")
+    p.add_argument(
+        "--resume", action="store_true", help="go on with the sweep in its folder, if one is there"
+    )
     p.add_argument(
         "--dry-run", action="store_true", help="print trials, packs, predicted time and memory; run nothing"
     )

@@ -24,7 +24,22 @@ from qwen_ray.errors import UserError
         ({"precision": "fp16", "strategy.name": "fsdp"}, "no loss scaling"),
         ({"precision": "pure_bf16", "strategy.name": "deepspeed"}, "float32 master"),
         ({"strategy.name": "deepspeed", "strategy.offload_parameters": "cpu"}, "none to offload"),
-        ({"strategy.name": "deepspeed", "strategy.offload_optimizer": "nvme"}, "needs a folder"),
+        (
+            {
+                "strategy.name": "deepspeed",
+                "strategy.zero_stage": 3,
+                "strategy.offload_optimizer": "nvme",
+            },
+            "needs a folder",
+        ),
+        (
+            {
+                "strategy.name": "deepspeed",
+                "strategy.offload_optimizer": "nvme",
+                "strategy.nvme_path": "/local_nvme",
+            },
+            "stage 2 holds an offloaded optimizer's state in host memory",
+        ),
         (
             {
                 "strategy.name": "deepspeed",

@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from qwen_ray.serving.app import Client, create_app
 from qwen_ray.serving.metrics import Metrics
 from qwen_ray.serving.usage import Usage
 from qwen_ray.training import prometheus
@@ -126,6 +127,15 @@ def test_every_expression_is_on_metrics_and_labels_that_exist() -> None:
     for metric in ours:
         family = re.sub("_(bucket|count|sum)$", "", metric)
         assert family in shown or metric in shown, f"no dashboard shows {metric}"
+
+
+def test_routes_in_expressions_are_the_endpoints() -> None:
+    routes = {getattr(route, "path", "") for route in create_app(cast(Client, None)).routes}
+    named = {
+        path for _, expression, _ in expressions() for path in re.findall(r'route="([^"]*)"', expression)
+    }
+    assert named
+    assert named <= routes
 
 
 @pytest.mark.parametrize("name", RAYS)

@@ -13,6 +13,7 @@ import yaml
 from qwen_ray.cli import build_parser
 from qwen_ray.data.records import write_records
 from qwen_ray.errors import EXIT_OK, UserError
+from qwen_ray.sweeps.folder import check_state
 from qwen_ray.sweeps.spec import load_sweep
 from qwen_ray.verbs import Output
 from tests.conftest import ROOT, sums
@@ -47,7 +48,7 @@ def written(folder: Path, **changes: Any) -> str:
     return str(path)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a misspelt key": ({"search": {"trails": 4}}, "search.trails", "search.trials"),
     "a misspelt key of the run": (
         {"space": {"optim.learning_rat": {"distribution": "choice", "values": [1e-3]}}},
@@ -80,6 +81,11 @@ REFUSED = {
         "the method is full",
         "trials.kind: plain",
     ),
+    "labels for trials without workers": (
+        {"run": {"data": {"train": ["a.jsonl"]}, "cluster": {"labels": {"gpu": "h100"}}}},
+        "these trials have none",
+        "run.cluster.workers=1",
+    ),
     "data that are not there": (
         {"run": {"data": {"train": ["/nowhere/a.jsonl"]}}},
         "no such",
@@ -98,15 +104,16 @@ def test_a_bad_sweep_is_refused_before_anything_starts(tmp_path: Path, case: str
     assert not (tmp_path / "out" / "sweep.json").exists()
 
 
-def test_there_must_be_a_sweep_to_resume_and_none_to_start(tmp_path: Path) -> None:
+def test_a_folder_is_free_or_holds_a_sweep_to_resume(tmp_path: Path) -> None:
     file = written(tmp_path)
-    with pytest.raises(UserError, match="no sweep to resume"):
-        sweep(file, "--resume")
     out = tmp_path / "out"
+    for resume in (False, True):
+        check_state(out, resume)
     out.mkdir()
     (out / "thesis.txt").write_text("ten years of work")
-    with pytest.raises(UserError, match="something else than a sweep"):
-        sweep(file)
+    for how in ([], ["--resume"]):
+        with pytest.raises(UserError, match="something else than a sweep"):
+            sweep(file, *how)
     (out / "sweep.json").write_text('{"id": "1", "state": "searching"}')
     with pytest.raises(UserError, match="--resume goes on with it"):
         sweep(file)

@@ -16,7 +16,7 @@ from qwen_ray.data.mixture import Mixture
 from qwen_ray.data.packing import Row, RowStream, lengths_of, pack
 from qwen_ray.data.records import Record
 from qwen_ray.data.shares import temperature_weights
-from qwen_ray.data.split import lowest, number_of
+from qwen_ray.data.split import lowest, number_of, refuse_shared
 from qwen_ray.data.stream import RecordFiles, StreamedExamples, token_lengths
 from qwen_ray.data.tokenise import Example, tokenise
 from qwen_ray.errors import UserError
@@ -176,8 +176,8 @@ def make_mixture(
 
 
 def load_splits(config: DataConfig, *, seed: int) -> tuple[list[Record] | RecordFiles, list[Record]]:
-    """Training and validation records. Raises :class:`UserError` for missing or malformed files, and for
-    records without the difficulty that a curriculum needs.
+    """Training and validation records. Raises :class:`UserError` for missing or malformed files, for
+    records without the difficulty that a curriculum needs, and for validation records that are trained on.
 
     With ``config.streaming`` the training records are read as one goes through them.
     """
@@ -186,11 +186,12 @@ def load_splits(config: DataConfig, *, seed: int) -> tuple[list[Record] | Record
     validation = _read(config.validation)
     fraction = 0.0 if validation else config.validation_fraction
     if config.streaming:
-        files = RecordFiles(config.train, seed=seed, held_fraction=fraction)
+        files = RecordFiles(config.train, seed=seed, held_fraction=fraction, apart=validation)
         if config.curriculum != "shuffled":
             _need_difficulty(int((files.trains & (files.difficulty != files.difficulty)).sum()))
         return files, validation or files.held
     records = _read(config.train)
+    refuse_shared(records, validation)
     numbered = ((number_of(r.id, seed=seed), r.id) for r in records)
     held = {i for _, i in lowest(n for n in numbered if n[0] < fraction)}
     train = [r for r in records if r.id not in held]

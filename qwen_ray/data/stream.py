@@ -10,16 +10,18 @@ The stream of examples is the one that reading the same files into memory gives.
 
 from __future__ import annotations
 
+import threading
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from qwen_ray.data.lots import integer
 from qwen_ray.data.records import Record
-from qwen_ray.data.split import lowest
+from qwen_ray.data.split import lowest, refuse_shared
 from qwen_ray.data.stream_index import cached, index_of, parse_line
-from qwen_ray.data.tokenise import CHUNK, Example, tokenise
+from qwen_ray.data.tokenise import CHUNK, RULES, Example, tokenise
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import beside, sha256_file, sha256_json
 
@@ -33,10 +35,13 @@ class RecordFiles:
     """The records of several Record JSONL files, in order; those that are held out are apart.
 
     A record's place counts bytes as if the files were one. Raises :class:`UserError` for files that are
-    missing, malformed or of another format, and for an id that two records have.
+    missing, malformed or of another format, for an id that two records have, and for one of ``apart``,
+    records that are not to be trained on.
     """
 
-    def __init__(self, paths: Sequence[str], *, seed: int, held_fraction: float) -> None:
+    def __init__(
+        self, paths: Sequence[str], *, seed: int, held_fraction: float, apart: Sequence[Record] = ()
+    ) -> None:
         import numpy as np
 
         self.paths = [Path(path) for path in paths]
@@ -50,6 +55,7 @@ class RecordFiles:
             for path, digest in zip(self.paths, self.digests, strict=True)
         ]
         self._open: dict[int, IO[bytes]] = {}
+        self._reading = threading.Lock()  # runs that share the files draw ahead, each in a thread of its own
         sizes = [path.stat().st_size for path in self.paths]
         self._starts: list[int] = np.cumsum([0, *sizes[:-1]]).tolist()
         self.counts = [len(part["place"]) for part in parts]
@@ -58,7 +64,10 @@ class RecordFiles:
         self._places = np.concatenate(
             [part["place"] + start for part, start in zip(parts, self._starts, strict=True)]
         )
-        self._refuse_repeats(np.concatenate([part["digest"] for part in parts]))
+        digests = np.concatenate([part["digest"] for part in parts])
+        self._refuse_repeats(digests)
+        of_apart = np.array([integer(record.id) for record in apart], np.uint64)
+        refuse_shared((self.read(int(n)) for n in np.flatnonzero(np.isin(digests, of_apart))), apart)
         self.domains = sorted({str(name) for part in parts for name in part["names"]})
         """Names of the domains."""
         to = {name: n for n, name in enumerate(self.domains)}
@@ -94,11 +103,13 @@ class RecordFiles:
     def read_at(self, place: int) -> Record:
         """The record at a place."""
         number = bisect_right(self._starts, place) - 1
-        if number not in self._open:
-            self._open[number] = open(self.paths[number], "rb")  # noqa: SIM115 - as long as the run
-        file, at = self._open[number], place - self._starts[number]
-        file.seek(at)
-        return parse_line(file.readline(), f"{self.paths[number]}, byte {at}")
+        at = place - self._starts[number]
+        with self._reading:
+            if number not in self._open:
+                self._open[number] = open(self.paths[number], "rb")  # noqa: SIM115 - as long as the run
+            self._open[number].seek(at)
+            line = self._open[number].readline()
+        return parse_line(line, f"{self.paths[number]}, byte {at}")
 
     def places(self, chosen: Array) -> array[int]:
         """Places of the records that ``chosen``, bool ``[records]``, picks."""
@@ -144,7 +155,7 @@ def token_lengths(
     import numpy as np
 
     backend: Any = tokenizer
-    rules = sha256_json([backend.backend_tokenizer.to_str(), str(tokenizer.chat_template), max_length])
+    rules = sha256_json([backend.backend_tokenizer.to_str(), str(tokenizer.chat_template), max_length, RULES])
     parts, first = [], 0
     for path, digest, count in zip(files.paths, files.digests, files.counts, strict=True):
         numbers = range(first, first + count)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 IGNORE = -100
 CHUNK = 1000
 """Records tokenised together."""
+RULES = 2
+"""Raised when other tokens carry loss than before: lengths that are kept beside a file hold for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +53,17 @@ class TokeniseReport:
 
 
 def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a record and the character spans ``[start, end)`` of the assistant's turns, ascending."""
+    """The text of a record and the character spans ``[start, end)`` of the assistant's turns, ascending.
+
+    A first turn that is the assistant's has none.
+    """
     turns = [{"role": m.role, "content": m.content} for m in record.messages]
     text = _template(tokenizer, turns, prompt=False)
     spans = []
     for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
+        # An answer to nothing (ShareGPT files have them) is read, not learnt: where it begins cannot be told
+        # from a default system prompt, which a template may put before it.
+        if turn["role"] != "assistant" or i == 0:
             continue
         before = _template(tokenizer, turns[:i], prompt=True)
         last = i + 1 == len(turns)
@@ -74,8 +81,6 @@ def render(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[str, lis
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, prompt: bool) -> str:
-    if not turns:
-        return ""
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from qwen_ray.errors import UserError
+from qwen_ray.errors import UserError, did_you_mean
 from qwen_ray.evaluation.questions import item_id, task_manager
 from qwen_ray.evaluation.statistics import wilson
 from qwen_ray.evaluation.suites import Category, Suite
@@ -31,14 +31,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run every task of ``suite`` on an lm-eval ``LM`` and return an EvalResult (JSON-ready).
 
-    ``limit`` is the number of items of each task; ``num_fewshot`` overrides the tasks' own.
+    ``limit`` is the number of items of each task; ``num_fewshot`` overrides the tasks' own. Raises
+    :class:`UserError` where a category names a filter or a metric that its tasks do not have.
     """
     import lm_eval
 
     if data_dir is not None and not data_dir.is_dir():
         raise UserError("no such folder", where=f"--data-dir {data_dir}", fix="check the path")
     manager = task_manager(suite, data_dir)
-    tasks = [task for category in suite.categories for task in category.tasks]
+    names = [task for category in suite.categories for task in category.tasks]
+    tasks = manager.load(names)["tasks"]
+    _check_scores(suite, tasks)
     # It would note the git commit of whatever folder this runs in, and spend seconds on facts of the machine.
     with (
         patch("lm_eval.evaluator.get_git_commit_hash", return_value=None),
@@ -46,7 +49,7 @@ def evaluate(
     ):
         results = lm_eval.simple_evaluate(
             model=lm,
-            tasks=tasks,
+            tasks=list(tasks.values()),
             task_manager=manager,
             limit=limit,
             num_fewshot=num_fewshot,
@@ -80,6 +83,37 @@ def evaluate(
         },
         "items": items,
     }
+
+
+def _check_scores(suite: Suite, tasks: dict[str, Any]) -> None:
+    """Each category names a metric, and where needed a filter, that its tasks have.
+
+    Otherwise items would count once for each filter, or a long benchmark would fail at its end.
+    """
+    for category in suite.categories:
+        where = f"{suite.folder / 'suite.yaml'}: categories.{category.name}"
+        for name in category.tasks:
+            filters = [ensemble.name for ensemble in tasks[name]._filters]
+            if category.filter is None and len(filters) > 1:
+                raise UserError(
+                    f"'{name}' scores each answer by {len(filters)} filters, and no filter is named",
+                    where=where,
+                    fix=f"add `filter:` with one of: {', '.join(filters)}",
+                )
+            if category.filter is not None and category.filter not in filters:
+                raise UserError(
+                    f"'{name}' has no filter '{category.filter}'",
+                    where=f"{where}.filter",
+                    fix=did_you_mean(category.filter, filters),
+                )
+            metrics = tasks[name].aggregation()
+            # A task's own function may score by what is listed nowhere.
+            if category.metric not in metrics and not callable(tasks[name].config.process_results):
+                raise UserError(
+                    f"'{name}' has no metric '{category.metric}'",
+                    where=f"{where}.metric",
+                    fix=did_you_mean(category.metric, metrics),
+                )
 
 
 def _items(category: Category, samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

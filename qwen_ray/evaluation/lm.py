@@ -11,7 +11,8 @@ the sight of other users of the machine, from $QWEN_RAY_API_KEY.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lm_eval import utils
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 __all__ = ["Backend", "EndpointBackend", "EngineBackend", "QwenRayLM"]
+
+log = logging.getLogger(__name__)
 
 Pair = tuple[Ids, Ids]
 
@@ -132,11 +135,29 @@ class QwenRayLM(LM):
                         fix="set max_gen_toks in the task's generation_kwargs",
                     )
                 members.sort(key=lambda i: -len(encoded[i]))
-                texts = self.backend.generate([encoded[i][-room:] for i in members], sampling, bar.update)
+                cut = [len(encoded[i]) > room for i in members]
+                if any(cut):
+                    log.warning(
+                        "%d prompts left no room for %d new tokens in the %d of %s and lost their start",
+                        sum(cut),
+                        sampling.max_tokens,
+                        self.max_length,
+                        self.backend.info.model,
+                    )
+                texts = self._generate([encoded[i][-room:] for i in members], cut, sampling, bar.update)
                 for i, text in zip(members, texts, strict=True):
                     results[i] = postprocess_generated_text(text, list(sampling.stop), None)
                     self.cache_hook.add_partial("generate_until", requests[i].args, results[i])
         return results
+
+    def _generate(
+        self,
+        prompts: Sequence[Ids],
+        cut: Sequence[bool],  # which lost their start: for a backend that keeps account
+        sampling: Sampling,
+        progress: Callable[[int], object],
+    ) -> list[str]:
+        return self.backend.generate(prompts, sampling, progress)
 
     def _sampling(self, settings: dict[str, Any]) -> Sampling:
         from lm_eval.models.utils import normalize_gen_kwargs

@@ -23,7 +23,7 @@ from qwen_ray.evaluation.lm import Pair, QwenRayLM
 from qwen_ray.evaluation.many_backend import ManyBackend, probe
 from qwen_ray.evaluation.report_text import improvements_markdown
 from qwen_ray.fsio import write_json, write_text
-from qwen_ray.serving.backends import EndpointBackend, Ids
+from qwen_ray.serving.backends import EndpointBackend, Ids, Sampling
 
 JOURNAL, TABLE, TABLE_TEXT = "journal.jsonl", "table.json", "table.md"
 _RUN_AGAIN = "run the same command again: what the older version answered is asked anew; or name NAME@VERSION"
@@ -98,6 +98,7 @@ class ManyLM(QwenRayLM):
 
     def __init__(self, backend: ManyBackend) -> None:
         super().__init__(backend)
+        self._many = backend
         self._pairs: dict[tuple[tuple[str, str], ...], list[Pair]] = {}
         self._prompts: dict[tuple[str, ...], list[Ids]] = {}
 
@@ -112,6 +113,15 @@ class ManyLM(QwenRayLM):
         if known not in self._prompts:
             self._prompts[known] = super()._encode_prompts(texts)
         return self._prompts[known]
+
+    def _generate(
+        self,
+        prompts: Sequence[Ids],
+        cut: Sequence[bool],
+        sampling: Sampling,
+        progress: Callable[[int], object],
+    ) -> list[str]:
+        return self._many.generate(prompts, sampling, progress, cut)
 
 
 @contextmanager

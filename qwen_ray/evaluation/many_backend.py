@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from qwen_ray.errors import UserError
 from qwen_ray.evaluation.journal import Answer, Journal, Part, Versions, question_key
 from qwen_ray.fsio import sha256_json
+from qwen_ray.registry import CANARY
 from qwen_ray.serving.backends import (
     PROMPTS_PER_REQUEST,
     TOKENS_PER_REQUEST,
@@ -22,7 +24,7 @@ from qwen_ray.serving.backends import (
     tokens_of,
     warn_truncated,
 )
-from qwen_ray.serving.model_id import parse
+from qwen_ray.serving.model_id import AUTO, parse
 
 ITEMS_PER_REQUEST = 256  # times models
 _PROBE = "The capital of France is Paris."
@@ -92,8 +94,14 @@ class ManyBackend:
         return [[(float(logprob), bool(greedy)) for logprob, greedy in answer.value] for answer in answers]
 
     def generate(
-        self, prompts: Sequence[Ids], sampling: Sampling, progress: Callable[[int], object]
+        self,
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        progress: Callable[[int], object],
+        cut: Sequence[bool] | None = None,
     ) -> list[str]:
+        """``cut``: which prompts have lost their start before they came here."""
+        cut = cut or [False] * len(prompts)
         # The same prompt may be asked several times, for several samples.
         times: Counter[tuple[int, ...]] = Counter()
         keys = []
@@ -106,8 +114,8 @@ class ManyBackend:
         def post(part: Sequence[int]) -> None:
             reply = self._endpoint.complete(self.model, [prompts[i] for i in part], sampling)
             texts = [choice["text"] for choice in reply["choices"]]
-            said = [keys[i] for i in part]
-            self._journal.add(self._part(self.model, said, texts, reply, [False] * len(part)))
+            asked = [keys[i] for i in part]
+            self._journal.add(self._part(self.model, asked, texts, reply, [cut[i] for i in part]))
             progress(len(part))
 
         self._endpoint.client.map(post, list(chunks(missing, PROMPTS_PER_REQUEST)))
@@ -158,25 +166,71 @@ class ManyBackend:
 
 def probe(endpoint: EndpointBackend, models: Sequence[str]) -> dict[str, Versions]:
     """What each model is now: what the server says of it, and its score on one sentence, which tells weights
-    without a version apart."""
-    (ids,) = endpoint.encode([_PROBE], special=False)
+    without a version apart.
+
+    Raises :class:`UserError` for ``:auto`` while a canary may answer it.
+    """
     listed = endpoint.listed()
+    routed = {model: _routed(endpoint, model, listed) for model in models if parse(model).auto}
+    (ids,) = endpoint.encode([_PROBE], special=False)
     seen: dict[str, Versions] = {}
     for model, reply in zip(models, endpoint.score_each(models, [(ids[:-2], [ids[-2:]])]), strict=True):
-        entry = listed.get(model, {})
         seen[model] = {
             _base_name(endpoint, model): str(listed[endpoint.base(model)].get("fingerprint")),
             f"the score of a test sentence by {model}": float(reply["items"][0]["logprobs"][0]),
-            **({"the router": sha256_json(entry["router"])[:12]} if entry.get("router") else {}),
-            **{f"{_KNOWLEDGE}{name}": version for name, version in _read_by(model, entry).items()},
+            **routed.get(model, {}),
+            **{
+                f"{_KNOWLEDGE}{name}": version
+                for name, version in _read_by(model, listed.get(model, {})).items()
+            },
             **_versions_of(model, reply["qwen_ray"]["prompts"]),
         }
     return seen
 
 
-def _read_by(model: str, entry: dict[str, Any]) -> dict[str, str]:
+def _routed(endpoint: EndpointBackend, model: str, listed: dict[str, dict[str, Any]]) -> Versions:
+    """The router of an ``:auto`` id, and each adapter that it may choose: one question asks only one."""
+    base = endpoint.base(model)
+    router = listed.get(f"{base}:{AUTO}", {}).get("router")
+    if router is None:
+        return {}
+    versions: Versions = {"the router": sha256_json(router)[:12]}
+    for name in sorted({domain["adapter"] for domain in router["domains"]} - {None}):
+        canary = next(
+            (
+                id
+                for id, entry in listed.items()
+                if id.startswith(f"{base}:{name}@") and CANARY in entry["adapter"]["aliases"]
+            ),
+            None,
+        )
+        if canary is not None:
+            raise UserError(
+                f"'{model}' cannot be measured while a canary answers a part of what goes to '{name}'",
+                where=endpoint.client.url,
+                fix=f"wait until it has ended, or leave out '{model}'; '{canary}' is the canary alone",
+                status=409,
+            )
+        versions[_chosen_name(model, name)] = _production(base, name, listed)
+    return versions
+
+
+def _production(base: str, name: str, listed: dict[str, dict[str, Any]]) -> str:
+    """What answers where the router chooses ``name``: the base where that is not served."""
+    if (entry := listed.get(f"{base}:{name}")) is None:
+        return base
+    version = entry["adapter"].get("version")  # a folder has none
+    return name if version is None else f"{name}@{version}"
+
+
+def _chosen_name(model: str, adapter: str) -> str:
+    return f"{adapter} of {model}"
+
+
+def _read_by(model: str, listed: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Versions of the knowledge bases that ``model`` reads: the one of its adapter's name, else all."""
-    bases = {base["name"]: str(base["version"]) for base in entry.get("knowledge_bases") or ()}
+    held = listed.get(model, {}).get("knowledge_bases") or ()
+    bases = {base["name"]: str(base["version"]) for base in held}
     adapter = str(parse(model).adapter)
     return {adapter: bases[adapter]} if adapter in bases else bases
 
@@ -191,9 +245,8 @@ def _versions_of(model: str, prompts: Sequence[dict[str, Any]]) -> Versions:
     for prompt in prompts:
         if prompt["adapter"] is not None:
             name = prompt["adapter"].partition("@")[0]
-            found.setdefault(f"{name} of {model}" if parse(model).auto else model, set()).add(
-                prompt["adapter"]
-            )
+            said = _chosen_name(model, name) if parse(model).auto else model
+            found.setdefault(said, set()).add(prompt["adapter"])
         for citation in prompt.get("citations", ()):
             name = f"{_KNOWLEDGE}{citation['knowledge_base']}"
             found.setdefault(name, set()).add(str(citation["version"]))

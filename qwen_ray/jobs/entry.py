@@ -7,10 +7,12 @@ line is seen by everybody who may list jobs, and holds no secret.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qwen_ray import __version__
@@ -27,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, rest = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
         _check(args.qwen_ray)
-        if args.out:
-            keep_files(_here(), Path(args.out))
+        with unpacked() as here:
+            if args.out:
+                keep_files(here, Path(args.out))
         if rest[0] == "sweep" and args.attempt > 1:
             rest = resumed(rest)
     except UserError as e:
@@ -37,15 +40,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "qwen_ray.cli", *rest])
 
 
-def _here() -> Path:
+@contextmanager
+def unpacked() -> Iterator[Path]:
+    """Go to the folder of the files that the job came with, which stays as it is while the block runs.
+
+    Ray nodes of one machine share it, and each removes it and unpacks it anew, holding a lock beside it (Ray
+    2.60, _private/runtime_env/packaging.py). So it may have gone since this process began.
+    """
+    with ExitStack() as held:
+        try:
+            here = _working_folder()
+            with suppress(FileNotFoundError):  # Ray did not unpack it
+                lock = held.enter_context(open(f"{here}.zip.lock", "rb"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            os.chdir(here)
+        except OSError as e:
+            raise UserError(
+                f"the job's files are not there any more ({e.strerror or e})", fix="submit again"
+            ) from None
+        yield here
+
+
+def _working_folder() -> Path:
+    """Also of one that was removed."""
     try:
         return Path.cwd()
     except FileNotFoundError:
-        # Nodes of one machine share the place where Ray unpacks files, and each unpacks them anew.
-        raise UserError(
-            "another Ray node of this machine has replaced this job's files while it began",
-            fix="submit again",
-        ) from None
+        return Path(os.readlink("/proc/self/cwd").removesuffix(" (deleted)"))
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -8,7 +8,7 @@ import json
 import posixpath
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +119,8 @@ def _sweep(argv: tuple[str, ...], args: argparse.Namespace) -> Request:
     from qwen_ray.sweeps.spec import load_sweep, trial_config
 
     spec = load_sweep(Path(args.file), sets=args.set, out=args.out)
+    if args.registry:
+        _keep(args.registry, "--registry")
     run = trial_config(spec, {}, out=spec.out)
     inputs = [args.file, *_model_folder(run.model.name)]
     if not spec.embedded_data:
@@ -152,7 +154,8 @@ def _eval(argv: tuple[str, ...], args: argparse.Namespace) -> Request:
 
 def _pipeline(argv: tuple[str, ...], args: argparse.Namespace) -> Request:
     from qwen_ray.config import get, read_settings
-    from qwen_ray.lifecycle.spec import PipelineSpec
+    from qwen_ray.lifecycle.spec import KnowledgeConfig, PipelineSpec
+    from qwen_ray.sweeps.spec import trial_config
 
     if argv[0] != "run":
         raise UserError(
@@ -163,22 +166,47 @@ def _pipeline(argv: tuple[str, ...], args: argparse.Namespace) -> Request:
     spec = PipelineSpec.read(args.file, sets=args.set)
     given, _ = read_settings(Path(args.file), sets=args.set)  # the paths as written, not as they are here
     fields = PipelineSpec.model_fields
-    work, registry = (str(given.get(key, fields[key].default)) for key in ("work", "registry"))
-    _keep(registry, f"{args.file}: registry")
-    bench = given["benchmark"]
-    inputs = [args.file, given.get("sweep"), bench.get("data_dir")]
-    inputs += [suite for suite in bench["suites"] if "/" in suite]
-    for domain in given.get("data", {}).values():
-        for paths in domain.get("sources", {}).values():
-            inputs += [_before_wildcards(path) for path in ([paths] if isinstance(paths, str) else paths)]
+    kept = {"registry": given.get("registry", fields["registry"].default), "state": given.get("state")}
+    if spec.knowledge is not None:
+        root = KnowledgeConfig.model_fields["root"].default
+        kept["knowledge.root"] = get(given, "knowledge.root", root)
+    for key, path in kept.items():
+        if path is not None:
+            _keep(str(path), f"{args.file}: {key}")
+    work = str(given.get("work", fields["work"].default))
     if spec.sweep is None:
-        inputs += _model_folder(get(given, "train.model.name", None))
+        model = get(given, "train.model.name", None)
         asked = spec.train_config(["data"], spec.folder("train")).cluster
         room: tuple[Room, ...] = (_workers(asked),)
     else:
-        room = _sweep_room(spec.sweep_spec())
-    named = tuple(path for path in inputs if path)
-    return Request("pipeline", argv, work, named, room, where=f"{args.file}: work", again=True)
+        made = spec.sweep_spec()
+        model, room = trial_config(made, {}, out=made.out).model.name, _sweep_room(made)
+    inputs = (args.file, *_pipeline_inputs(given), *_model_folder(model))
+    return Request("pipeline", argv, work, inputs, room, where=f"{args.file}: work", again=True)
+
+
+def _pipeline_inputs(given: dict[str, Any]) -> list[str]:
+    """The paths that a pipeline's settings name, but the model."""
+    from qwen_ray.config import get
+    from qwen_ray.retrieval.documents import EMBEDDED
+
+    bench = given["benchmark"]
+    named = [given.get("sweep"), bench.get("data_dir"), *(suite for suite in bench["suites"] if "/" in suite)]
+    for domain in given.get("data", {}).values():
+        named += [domain.get("benchmarks"), *domain.get("heldout", ())]
+        named += _paths(domain.get("sources", {}).values())
+    for sources in get(given, "knowledge.bases", {}).values():
+        named += _paths(paths for kind, paths in sources.items() if kind != EMBEDDED)
+    return [str(path) for path in named if path]
+
+
+def _paths(sources: Iterable[str | Sequence[str]]) -> list[str]:
+    """Of sources, each with one path or several; of a path with wildcards the part before them."""
+    return [
+        _before_wildcards(path)
+        for paths in sources
+        for path in ([paths] if isinstance(paths, str) else paths)
+    ]
 
 
 def _before_wildcards(path: str) -> str:

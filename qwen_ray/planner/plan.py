@@ -15,7 +15,7 @@ from qwen_ray.planner.layouts import USABLE, Layout, layouts
 from qwen_ray.planner.shapes import Shape, shape_of
 
 _SAME = 1.03
-"""Costs this near are equal: the layout that comes first, simpler or smaller, is taken."""
+"""Speeds this near are equal: the layout that comes first, simpler or smaller, is taken."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,8 @@ def _cheapest(tried: Iterable[Layout]) -> Layout | None:
     on_gpu = [layout for layout in fitting if not layout.offloads]
     choice: Layout | None = None
     for layout in on_gpu or fitting:
-        if choice is None or layout.cost(1e9) * _SAME < choice.cost(1e9):
+        # On the same GPUs the fastest is the cheapest, whatever their price, which may be 0.
+        if choice is None or layout.speed.tokens_per_second > choice.speed.tokens_per_second * _SAME:
             choice = layout
     return choice
 

@@ -21,6 +21,7 @@ from qwen_ray.planner.plan import Plan, plan
 from qwen_ray.planner.published import PEAKS, RATES
 from qwen_ray.planner.published_scaling import steps_table
 from qwen_ray.planner.scaling import strong_table, weak_table
+from qwen_ray.planner.speed import HOST_CPUS
 
 LENGTH = 4096
 """Tokens of a row."""
@@ -90,6 +91,7 @@ def yaml_of(row: Row) -> str:
         for key in ("offload_optimizer", "offload_parameters"):
             if getattr(config.strategy, key) != "none":
                 strategy[key] = getattr(config.strategy, key)
+    cpus = {"cpus_per_worker": HOST_CPUS} if layout.offloads else {}
     tree = {
         "model": {"name": row.model},
         "method": {"name": row.method},
@@ -100,7 +102,7 @@ def yaml_of(row: Row) -> str:
         },
         "strategy": strategy,
         "compute": {"activation_checkpointing": config.compute.activation_checkpointing},
-        "cluster": {"workers": layout.hardware.gpus, "gpus_per_worker": 1},
+        "cluster": {"workers": layout.hardware.gpus, "gpus_per_worker": 1, **cpus},
         "precision": "bf16",
     }
     comment = textwrap.fill(said, 100, initial_indent="# ", subsequent_indent="# ")

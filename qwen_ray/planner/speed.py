@@ -28,6 +28,8 @@ BUS = 0.8
 """Share of a link's rate that a collective reaches."""
 CPU_ADAM = 4.5e9
 """Weights a second that DeepSpeed's CPU-Adam updates on a node (ZeRO-Offload, arXiv 2101.06840, table 4)."""
+HOST_CPUS = 16
+"""Logical CPUs that a worker should have for it."""
 NVME = 6e9
 """Bytes/s of a node's NVMe disks, in either direction."""
 

@@ -58,11 +58,15 @@ class KnowledgeBases:
         if not questions:
             return []
         lists: list[list[Ranked]] = []
-        with self.store.reading():
-            if by in (VECTOR, HYBRID):
-                lists.append(_merged([_by_vector(one, vectors, max(k, _DEPTH)) for one in read]))
-            if by in (WORDS, HYBRID):
-                lists.append(_merged([_by_words(one, questions, max(k, _DEPTH)) for one in read]))
+        try:
+            with self.store.reading():
+                if by in (VECTOR, HYBRID):
+                    lists.append(_merged([_by_vector(one, vectors, max(k, _DEPTH)) for one in read]))
+                if by in (WORDS, HYBRID):
+                    lists.append(_merged([_by_words(one, questions, max(k, _DEPTH)) for one in read]))
+        except UserError as e:
+            log.warning("%s", e)  # a client is not told the reason
+            raise
         return [_fused([ranked[i] for ranked in lists], k) for i in range(len(questions))]
 
     def embedder_name(self) -> str | None:

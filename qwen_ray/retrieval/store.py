@@ -170,13 +170,17 @@ class Store:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Turns what the storage raises into a :class:`UserError` with status 503."""
+        """Turns what the storage raises into a :class:`UserError` with status 503.
+
+        The storage's own message names paths and buckets: it goes where no client of a server reads it.
+        """
         try:
             yield
         except (OSError, RuntimeError, ValueError) as e:
+            reason = next(iter(str(e).splitlines()), "") or type(e).__name__
             raise UserError(
-                f"the knowledge bases cannot be read ({str(e).splitlines()[0]})",
-                where=self.root,
+                "the knowledge bases cannot be read",
+                where=f"{self.root} ({reason})",
                 fix="check the root, and that it can be reached",
                 status=503,
                 retry_after=5,

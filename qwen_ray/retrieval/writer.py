@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,8 @@ from qwen_ray.retrieval.manifest import Manifest
 
 CURRENT = "current"
 """The tag of the version that is read."""
+
+_KEPT = timedelta(days=36500)  # longer than any state is old: nothing is removed
 
 
 class Writer:
@@ -39,7 +42,8 @@ class Writer:
     def publish(self, manifest: Manifest) -> None:
         """Make what was written a version, and the current one."""
         # Indices cover what was there when they were made: bring them up to date, and merge small files.
-        self.table.optimize()
+        # It would also remove states older than a week, and fails where one of them is a version.
+        self.table.optimize(cleanup_older_than=_KEPT)
         self._commit(partial(manifest.put, self.table))
         tags = self.table.tags
         if tags.list().get(CURRENT, {}).get("version") != self._read:

@@ -115,6 +115,8 @@ class AdapterStore:
         self._lock = threading.Lock()  # held for bookkeeping only
         self._changing = threading.Lock()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="adapters")
+        # One of its own: loads that wait for a place may take all the others.
+        self._dropper = ThreadPoolExecutor(1, thread_name_prefix="adapters-dropped")
 
     def use(self, model: ModelId) -> Lease:
         """The adapter of a parsed model id, to be held in a block.
@@ -199,7 +201,7 @@ class AdapterStore:
             entry.users -= 1
             dropped = self._over()
         if dropped:
-            self._threads.submit(self._drop, dropped)
+            self._dropper.submit(self._drop, dropped)
 
     def _load(self, entry: _Entry) -> None:
         found = entry.found

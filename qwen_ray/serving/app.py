@@ -11,9 +11,9 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Path, Request
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -22,6 +22,7 @@ from qwen_ray import __version__
 from qwen_ray.serving import openapi
 from qwen_ray.serving.auth import KeyFile, check_origins
 from qwen_ray.serving.gate import METRICS, RECORD, Gate, Record
+from qwen_ray.serving.hosts import check_hosts
 from qwen_ray.serving.http_errors import (
     MODEL_NOT_FOUND,
     add_error_handlers,
@@ -37,6 +38,7 @@ from qwen_ray.serving.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingsRequest,
+    ModelRequest,
     ScoreRequest,
     TokenizeRequest,
 )
@@ -57,15 +59,21 @@ class Client(Protocol):
 
 
 def create_app(
-    client: Client, *, keys: KeyFile | None = None, limits: Limits | None = None, cors: Sequence[str] = ()
+    client: Client,
+    *,
+    keys: KeyFile | None = None,
+    limits: Limits | None = None,
+    cors: Sequence[str] = (),
+    hosts: Sequence[str] = (),
 ) -> FastAPI:
     """The ASGI application over ``client``.
 
     ``keys``: who may use it; None: everybody (see :func:`qwen_ray.serving.auth.check_exposure`). ``cors``:
-    origins, such as ``https://notes.example``, whose pages may use it. :class:`UserError` for one that is
-    not an origin.
+    origins, such as ``https://notes.example``, whose pages may use it. ``hosts``: names under which it may
+    be asked; none: any. :class:`UserError` for what is not an origin, or not a host's name.
     """
     check_origins(cors)
+    check_hosts(hosts)
     limits = limits or Limits()
     admission = Admission(limits)
     metrics = Metrics(in_flight=lambda: admission.running)
@@ -84,6 +92,7 @@ def create_app(
         admission=admission,
         metrics=metrics,
         routes={getattr(route, "path", "") for route in app.routes},
+        hosts=hosts,
     )
     if cors:
         app.add_middleware(
@@ -211,6 +220,11 @@ def _add_routes(app: FastAPI, routes: _Routes) -> None:
     @app.get("/v1/models", responses=openapi.GUARDED)
     async def models(request: Request) -> Response:
         return await routes.answer(request, "models")
+
+    # Any path: an id holds ':', '@' and '+', and one with '/' is just unknown.
+    @app.get("/v1/models/{model:path}", responses=openapi.GUARDED | openapi.NO_MODEL)
+    async def model(request: Request, model: Annotated[str, Path(max_length=200)]) -> Response:
+        return await routes.answer(request, "model", ModelRequest(model=model))
 
     @app.post("/v1/completions", responses=openapi.STREAMED, dependencies=takes_json)
     async def completions(request: Request, body: CompletionRequest) -> Response:

@@ -6,11 +6,15 @@ replicas share, or an object in this process.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qwen_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NOTES = "Use these notes where they help.\n{passages}\n\n"
 """What the model reads before a question, with the retrieved passages in it."""
@@ -92,6 +96,14 @@ class NoAssistant:
 
     async def describe(self) -> dict[str, Any]:
         return {"embedder": None, "router": None, "knowledge_bases": None}
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches what the tokenizer reads as a token of control wherever it stands in a text, such as the marks
+    of a chat template."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def question_of(prompt: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 PASSAGES = 4
 """Passages that a question gets."""
+_AT_ONCE = 32  # texts embedded for one client before others' questions have their turn
 _REMEMBERED = 4096  # questions whose vectors are kept: a benchmark asks each of them of many models
 
 T = TypeVar("T")
@@ -78,10 +80,14 @@ class LocalAssistant(Assistant):
         return cls(Embedder.load(embedder), router=chooses, knowledge=bases, passages=passages)
 
     async def embed(self, texts: Sequence[str]) -> Embedded:
-        def work() -> Embedded:
-            return Embedded(self._embedder.embed(texts).tolist(), self._embedder.tokens(texts))
+        def work(part: Sequence[str]) -> tuple[list[list[float]], int]:
+            return self._embedder.embed(part).tolist(), self._embedder.tokens(part)
 
-        return await self._do(work)
+        whole = Embedded([], 0)
+        for start in range(0, len(texts), _AT_ONCE):
+            vectors, tokens = await self._do(partial(work, texts[start : start + _AT_ONCE]))
+            whole = Embedded([*whole.vectors, *vectors], whole.tokens + tokens)
+        return whole
 
     async def route(self, questions: Sequence[str]) -> list[Route]:
         router = self._router

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qwen_ray.errors import UserError, did_you_mean
-from qwen_ray.serving.client import Client
+from qwen_ray.serving.client import Client, not_ours
 from qwen_ray.serving.model_id import parse
 
 if TYPE_CHECKING:
@@ -172,21 +172,27 @@ class EndpointBackend:
         self.client.close()
 
     def listed(self) -> dict[str, dict[str, Any]]:
-        listed = self.client.request("GET", "/v1/models", attempts=1)["data"]
-        return {entry["id"]: entry for entry in listed}
+        listed = self.client.request("GET", "/v1/models", attempts=1)
+        try:
+            return {entry["id"]: entry for entry in listed["data"]}
+        except (KeyError, TypeError):
+            raise not_ours(self.client.url) from None
 
     def _facts(self) -> Info:
         self.check(self._model)
         facts = self.client.request("GET", "/tokenizer_info")
-        self._special = {k: v for k, v in facts.items() if k.endswith("_token") and isinstance(v, str)}
-        return Info(
-            model=self._model,
-            max_length=int(self.served[self.base(self._model)]["max_model_len"]),
-            tokenizer_name=str(facts.get("name_or_path", self._model)).replace("/", "__"),
-            eos_token=str(facts["eos_token"]),
-            bos_token=facts.get("bos_token"),
-            chat_template=facts.get("chat_template"),
-        )
+        try:
+            self._special = {k: v for k, v in facts.items() if k.endswith("_token") and isinstance(v, str)}
+            return Info(
+                model=self._model,
+                max_length=int(self.served[self.base(self._model)]["max_model_len"]),
+                tokenizer_name=str(facts.get("name_or_path", self._model)).replace("/", "__"),
+                eos_token=str(facts["eos_token"]),
+                bos_token=facts.get("bos_token"),
+                chat_template=facts.get("chat_template"),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise not_ours(self.client.url) from None
 
     def base(self, model: str) -> str:
         """The id of the model that ``model`` is an adapter of; itself where the server lists it as such."""
@@ -251,6 +257,9 @@ class EndpointBackend:
             reply = self.client.request("POST", "/v1/score", {"models": list(models), **body})["models"]
             return [reply[model] for model in models]
         except UserError as e:
+            if e.status == 413 and len(models) > 1:  # it may hold fewer adapters at one time
+                half = len(models) // 2
+                return self.score_each(models[:half], items) + self.score_each(models[half:], items)
             if e.status not in (413, 504) or len(items) == 1:
                 raise
         half = len(items) // 2

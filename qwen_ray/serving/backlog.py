@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from qwen_ray.errors import UserError
 
@@ -42,6 +42,12 @@ class Backlog:
     def enter(self, tokens: int) -> Place:
         """A request of so many tokens begins to wait. :class:`UserError` (429) if too many do already; one
         alone is taken, however large."""
+        return self.enter_all([tokens])[0]
+
+    def enter_all(self, parts: Sequence[int]) -> list[Place]:
+        """As :meth:`enter`, for a request of several parts, each with a place of its own: it is taken, or
+        refused, as a whole."""
+        tokens = sum(parts)
         with self._lock:
             excess = self.waiting + tokens - self.most
             if self.waiting and excess > 0:
@@ -55,8 +61,8 @@ class Backlog:
             if not self._open:
                 self._mark = self._clock()
             self.waiting += tokens
-            self._open += 1
-        return Place(self, tokens)
+            self._open += len(parts)
+        return [Place(self, part) for part in parts]
 
     def work(self, tokens: int) -> None:
         """So many more are worked off."""

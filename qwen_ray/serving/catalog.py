@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +30,8 @@ LOOKUP_SECONDS = 3.0  # a lookup that takes longer is taken for a registry that 
 LISTING_SECONDS = 30.0  # one of all adapters reads several files of each
 RETRY_SECONDS = 5.0
 CANARY_SECONDS = 2.0
+MISS_SECONDS = 2.0  # what was not there is not looked for again so soon
+_MISSES = 1024  # remembered
 _THREADS = 4
 
 
@@ -62,6 +67,7 @@ class Catalog:
         self._registry = registry
         self.folders = {name: checked_folder(name, Path(folder)) for name, folder in (folders or {}).items()}
         self._known: dict[tuple[str, str | None], Found] = {}
+        self._misses: OrderedDict[tuple[str, str | None], tuple[float, UserError]] = OrderedDict()
         self._canaries: dict[str, tuple[float, Canary | None]] = {}
         self._listing: Listing = []
         self._late: set[Future[Any]] = set()
@@ -72,12 +78,17 @@ class Catalog:
     async def find(self, name: str, at: str | None) -> tuple[Found, bool]:
         """The adapter that is meant now, and whether the registry could be asked.
 
-        Where it could not, the adapter that was meant before. Raises :class:`UserError`: 404 unknown, 503 not
-        known and not to be looked up now.
+        Where it could not, the adapter that was meant before. Raises :class:`UserError`: 404 unknown, now or
+        within the last :data:`MISS_SECONDS`, 503 not known and not to be looked up now.
         """
+        since, missed = self._misses.get((name, at), (0.0, None))
+        if missed is not None and time.monotonic() - since < MISS_SECONDS:
+            raise copy.copy(missed)
         try:
             return await self._in_time(lambda: self.look_up(name, at)), True
         except UserError as e:
+            if e.status == 404:
+                self._miss(name, at, e)
             known = self.remembered(name, at)
             if e.status != 503 or known is None:
                 raise
@@ -95,12 +106,31 @@ class Catalog:
             fix = did_you_mean(name, self.folders) if self.folders else "this server has no adapters"
             raise UserError(f"unknown adapter '{name}'", fix=fix, status=404)
         else:
+            # Of a name that nobody has, the registry itself would say which there are, and read each of them.
+            if (name, at) not in self._known and not self._asked(lambda registry: registry.versions(name)):
+                raise self._unknown(name)
             version = self._asked(lambda registry: registry.resolve(name, at))
-            fixed = at is not None and at.isdigit()
+            fixed = at is not None and at.isdecimal()
             found = Found(version.ref, version.folder, self._registry.root, fixed, version)
             self._known[name, str(version.version)] = replace(found, fixed=True)
         self._known[name, at] = found
+        self._misses.pop((name, at), None)
         return found
+
+    def _unknown(self, name: str) -> UserError:
+        """Nothing under this name; what is known without asking helps to find the right one."""
+        if not self.reachable:
+            raise unreachable()
+        names = {*self.folders, *(listed.partition("@")[0] for listed, _ in self._listing)}
+        near = get_close_matches(name, names, n=1)
+        fix = f"did you mean '{near[0]}'?" if near else "GET /v1/models lists what is served"
+        return UserError(f"unknown adapter '{name}'", fix=fix, status=404)
+
+    def _miss(self, name: str, at: str | None, error: UserError) -> None:
+        self._misses[name, at] = time.monotonic(), error
+        self._misses.move_to_end((name, at))
+        while len(self._misses) > _MISSES:
+            self._misses.popitem(last=False)
 
     async def canary(self, name: str) -> Canary | None:
         """The canary of a name, as it was within the last :data:`CANARY_SECONDS`; while the registry cannot

@@ -151,6 +151,15 @@ def _retry_after(reply: httpx.Response) -> float:
         return 0.0
 
 
+def not_ours(url: str) -> UserError:
+    """What is said of an answer that no qwen-ray server gives."""
+    return UserError(
+        "what answers here is not a qwen-ray server",
+        where=url,
+        fix="check the address; it may be that of a page or a proxy in front of the server",
+    )
+
+
 def _answer(reply: httpx.Response | httpx.TransportError, url: str) -> Any:
     if isinstance(reply, Exception):
         raise UserError(
@@ -160,7 +169,10 @@ def _answer(reply: httpx.Response | httpx.TransportError, url: str) -> Any:
             status=503,
         ) from reply
     if reply.is_success:
-        return reply.json()
+        try:
+            return reply.json()
+        except ValueError:
+            raise not_ours(url) from None
     status = reply.status_code
     try:
         message = reply.json()["error"]["message"]

@@ -6,10 +6,11 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen_ray.errors import UserError
 from qwen_ray.serving.engines.base import (
@@ -17,7 +18,6 @@ from qwen_ray.serving.engines.base import (
     EngineQueue,
     GenerateRequest,
     GenerateResult,
-    Running,
     ScoreItem,
     ScoreResult,
     ServedEngine,
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+T = TypeVar("T")
+
+_SHORT = 2**14  # characters of text that are encoded at once; it takes a few milliseconds
+_NORMALIZED = 3  # at most so many times shorter are a text's bytes once it is normalised (NFC)
 # OpenAI's value for "next to impossible"; JSON has no infinity.
 _FLOOR = -9999.0
 
@@ -65,6 +69,7 @@ class Plan:
     model: str
     prompts: list[Prompt]
     echo: bool
+    n: int
     generate: list[GenerateRequest]
     score_prompts: bool = False  # log-probabilities of the prompts are wanted
     top: int | None = None
@@ -75,7 +80,9 @@ class Plan:
     @property
     def from_score(self) -> bool:
         """lm-eval's form, echo + logprobs + one greedy token: the scoring forward already has that token."""
-        return self.score_prompts and all(g.max_tokens == 1 and g.temperature == 0 for g in self.generate)
+        return self.score_prompts and all(
+            g.max_tokens == 1 and g.temperature == 0 and not g.stop for g in self.generate
+        )
 
     @property
     def prompt_tokens(self) -> int:
@@ -103,12 +110,15 @@ class Completions:
         self._engine, self._scheduler = engine, scheduler
         self.token_text = lru_cache(maxsize=2**17)(lambda token: str(engine.tokenizer.decode([token])))
         self._answer_lead = _answer_lead(engine.tokenizer)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        longest = max((len(token.encode()) for token in engine.tokenizer.get_vocab()), default=1)
+        self._most_bytes = engine.context_length * longest * _NORMALIZED
 
     # -- plans
 
     def plan_completion(self, body: CompletionRequest, prompts: list[Prompt]) -> Plan:
         """Check; :class:`UserError` names what is wrong. ``prompts``: those of :meth:`prompts`, assigned."""
-        plan = Plan("completion", body.model, prompts, body.echo, [], top=body.logprobs)
+        plan = Plan("completion", body.model, prompts, body.echo, body.n, [], top=body.logprobs)
         plan.score_prompts = body.echo and body.logprobs is not None
         plan.usage_in_stream = body.stream_options.include_usage
         plan.id = f"cmpl-{uuid.uuid4().hex}"
@@ -123,7 +133,7 @@ class Completions:
         if body.top_logprobs and not body.logprobs:
             raise UserError("top_logprobs needs logprobs", where="top_logprobs", fix="set logprobs to true")
         top = body.top_logprobs if body.logprobs else None
-        plan = Plan("chat", body.model, [prompt], False, [], top=top)
+        plan = Plan("chat", body.model, [prompt], False, body.n, [], top=top)
         plan.usage_in_stream = body.stream_options.include_usage
         plan.id = f"chatcmpl-{uuid.uuid4().hex}"
         limit = body.max_completion_tokens or body.max_tokens or self._engine.context_length
@@ -177,6 +187,7 @@ class Completions:
         prompts = []
         for prompt in given:
             if isinstance(prompt, str):
+                self.check_fits(prompt, "prompt")
                 ids, text = self.encode(prompt), prompt
             else:
                 ids = list(prompt)
@@ -186,6 +197,24 @@ class Completions:
                 raise UserError("the prompt is empty", where="prompt", fix="give at least one token")
             prompts.append(Prompt(ids, text))
         return prompts
+
+    async def aside(self, size: int, work: Callable[[], T]) -> T:
+        """The result of ``work`` on so many characters or tokens: done here if they are few, or else on a
+        thread of its own, so that the loop goes on."""
+        if size <= _SHORT:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def check_fits(self, text: str, where: str) -> None:
+        """:class:`UserError` for a text that is longer than any that fills the context, before it is encoded:
+        that takes seconds for megabytes."""
+        if len(text) > self._most_bytes or len(text.encode()) > self._most_bytes:
+            length = self._engine.context_length
+            raise UserError(
+                f"{len(text)} characters do not fit the context of {length} tokens",
+                where=where,
+                fix="shorten it",
+            )
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         return list(self._engine.tokenizer.encode(text, add_special_tokens=special, verbose=False))
@@ -198,26 +227,23 @@ class Completions:
     async def run(self, plan: Plan) -> Json:
         """The response object of a request that is not streamed."""
         scored = await self._score(plan)
-        running = [] if plan.from_score else [self._scheduler.generate(request) for request in plan.generate]
+        running = [] if plan.from_score else self._scheduler.generate_all(plan.generate)
         try:
-            results = [await asyncio.wrap_future(generation.future) for generation in running]
+            # The first that fails ends the request, whichever it is.
+            results = await asyncio.gather(
+                *(asyncio.wrap_future(generation.future) for generation in running)
+            )
         finally:
             for generation in running:  # all done, unless one failed or the client went away
                 generation.cancel()
+        n = plan.n
         if plan.from_score:
-            results = [
-                self._next_as_result(plan, scored[i // self._n(plan)]) for i in range(len(plan.generate))
-            ]
-        n = self._n(plan)
+            results = [self._next_as_result(plan, scored[i // n]) for i in range(len(plan.generate))]
         choices = []
         for i in range(len(plan.prompts) * n):
             result = results[i] if results else GenerateResult([], "", "length")
             choices.append(self._choice(plan, i, result, scored[i // n] if scored else None))
         return self._envelope(plan, choices) | {"usage": _usage(plan, results)}
-
-    @staticmethod
-    def _n(plan: Plan) -> int:
-        return max(1, len(plan.generate) // len(plan.prompts))
 
     async def _score(self, plan: Plan) -> list[ScoreResult]:
         if not plan.score_prompts:
@@ -249,7 +275,7 @@ class Completions:
                 "logprobs": logprobs,
                 "finish_reason": result.finish_reason,
             }
-        prompt = plan.prompts[index // self._n(plan)]
+        prompt = plan.prompts[index // plan.n]
         echoed = prompt.text if plan.echo else ""
         block_body: Json | None = None
         if plan.top is not None:
@@ -293,12 +319,10 @@ class Completions:
             loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
         scored = await self._score(plan)
-        running: list[Running] = []
+        running = self._scheduler.generate_all(plan.generate, tell)
         try:
-            for i, request in enumerate(plan.generate):
-                generation = self._scheduler.generate(request, lambda event, i=i: tell(i, event))  # type: ignore[misc]
+            for i, generation in enumerate(running):
                 generation.future.add_done_callback(lambda _, i=i: tell(i, None))  # type: ignore[misc]
-                running.append(generation)
             offsets = [0] * len(running)
             opened = False
             left = len(running)
@@ -314,7 +338,7 @@ class Completions:
                         yield chunk
                 yield self._chunk(plan, index, event, offsets)
             if not opened:
-                for chunk in self._opening(plan, scored, offsets or [0] * len(plan.prompts)):
+                for chunk in self._opening(plan, scored, offsets or [0] * len(plan.prompts) * plan.n):
                     yield chunk
             if plan.usage_in_stream:
                 results = [generation.future.result() for generation in running]
@@ -331,7 +355,7 @@ class Completions:
                 delta = {"role": "assistant", "content": ""}
                 choice: Json = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
             elif plan.echo:
-                number, logprobs = i // self._n(plan), None
+                number, logprobs = i // plan.n, None
                 prompt = plan.prompts[number]
                 if scored:
                     block = LogprobBlock(self)

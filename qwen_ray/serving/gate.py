@@ -1,10 +1,10 @@
-"""What stands before every route: the key, the limits, the size of the body, and the counting."""
+"""What stands before every route: the host's name, the key, the limits, the body's size, the counting."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_ray.errors import UserError
 from qwen_ray.serving.auth import KeyFile
+from qwen_ray.serving.hosts import allowed
 from qwen_ray.serving.http_errors import error_response, user_error_response
 from qwen_ray.serving.limits import Admission, Limits, Rates
 from qwen_ray.serving.metrics import Metrics
@@ -25,6 +26,9 @@ PAGE = "/page/"
 METRICS = "/metrics"
 _OF_MODELS = ("/v1/completions", "/v1/chat/completions", "/v1/score")
 _EVERYBODY = "everybody"  # whose account requests without a key share
+_OTHER_HOST = (
+    "this server is not asked by that host name; if it should be, add the name to its setting `hosts`"
+)
 _CLIENT_GONE = 499  # as proxies log it; nobody reads it
 
 
@@ -55,10 +59,12 @@ class Gate:
         admission: Admission,
         metrics: Metrics,
         routes: Collection[str],
+        hosts: Sequence[str] = (),
     ) -> None:
-        """``routes``: the paths that metrics may name."""
+        """``routes``: the paths that metrics may name. ``hosts``: see :mod:`qwen_ray.serving.hosts`; none:
+        any name will do."""
         self._app, self._keys, self._limits, self._routes = app, keys, limits, routes
-        self._admission, self._metrics = admission, metrics
+        self._admission, self._metrics, self._hosts = admission, metrics, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -87,10 +93,13 @@ class Gate:
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
         """Answer the request, or say why not."""
+        headers = Headers(scope=scope)
+        if self._hosts and not allowed(headers.get("host"), self._hosts):
+            await error_response(403, _OTHER_HOST)(scope, receive, send)
+            return
         if record.route in OPEN or record.route == PAGE:
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
         name, rates = _EVERYBODY, Rates()
         if self._keys is not None:
             try:

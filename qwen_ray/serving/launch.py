@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ray.errors import UserError
+from qwen_ray.serving.hosts import LOCAL, check_hosts
 from qwen_ray.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def _checked(settings: ServeSettings) -> ServeSettings:
     if settings.keys:
         KeyFile(settings.keys)
     check_origins(settings.cors)
+    check_hosts(settings.hosts)
     if settings.router:
         from qwen_ray.routing.router import Router
 
@@ -106,6 +108,10 @@ def start(model: str, *, host: str = "127.0.0.1", port: int = 8000, **settings: 
     """
     from ray import serve
 
+    from qwen_ray.serving.auth import is_loopback
+
+    if is_loopback(host) and not settings.get("keys"):
+        settings = {"hosts": sorted({*LOCAL, _in_url(host)}), **settings}
     app = build({"model": model, **settings})
     port = free_port(host, port)
     if serve.status().proxies:
@@ -114,7 +120,7 @@ def start(model: str, *, host: str = "127.0.0.1", port: int = 8000, **settings: 
     serve.start(http_options={"host": host, "port": port}, logging_config=_QUIET)
     try:
         serve.run(app, name=APP, route_prefix="/")
-        url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        url = f"http://{_in_url('127.0.0.1' if host == '0.0.0.0' else host)}:{port}"
         _wait_until_healthy(url)
     except BaseException as e:
         refusal = _refusal() if isinstance(e, RuntimeError) else None
@@ -123,6 +129,10 @@ def start(model: str, *, host: str = "127.0.0.1", port: int = 8000, **settings: 
             raise refusal from None
         raise
     return url
+
+
+def _in_url(host: str) -> str:
+    return f"[{host.strip('[]')}]" if ":" in host else host
 
 
 def _refusal() -> UserError | None:

@@ -58,7 +58,8 @@ def read_lora(folder: Path, *, within: Path | None = None) -> LoraWeights:
     for path in (config_path, weights_path):
         _check_inside(path, within)
     config = read_json(config_path)
-    _refuse_unsupported(config, folder)
+    with well_formed(config_path):
+        _refuse_unsupported(config, folder)
     if not weights_path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         raise UserError(
@@ -77,7 +78,8 @@ def read_lora(folder: Path, *, within: Path | None = None) -> LoraWeights:
         if set(pair) != {"A", "B"}:
             raise UserError(f"{module} has only one of its two matrices", where=str(weights_path), status=409)
         a, b = pair["A"], pair["B"]
-        rank = _pattern(config, "rank_pattern", "r", module)
+        with well_formed(config_path):
+            rank, scale = _rank_and_scale(config, module)
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
             raise UserError(
                 f"{module}: shapes A {tuple(a.shape)} and B {tuple(b.shape)} do not fit rank {rank}",
@@ -85,9 +87,16 @@ def read_lora(folder: Path, *, within: Path | None = None) -> LoraWeights:
                 fix="adapter_config.json belongs to another file; save the adapter again",
                 status=409,
             )
-        alpha = _pattern(config, "alpha_pattern", "lora_alpha", module)
-        scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        layers[module] = (a, b * scale)
+        scaled = b * scale
+        # A single NaN would spread to every row of a shared batch.
+        if not (torch.isfinite(a).all() and torch.isfinite(scaled).all()):
+            raise UserError(
+                f"{module} holds NaN or infinity, or is scaled to it",
+                where=str(folder),
+                fix="train it again, or mend lora_alpha in adapter_config.json",
+                status=409,
+            )
+        layers[module] = (a, scaled)
     if not layers:
         raise UserError("the adapter holds no LoRA matrices", where=str(weights_path), status=409)
     nbytes = sum(t.numel() * t.element_size() for pair in layers.values() for t in pair)
@@ -158,13 +167,7 @@ def _read_tensors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
                     fix="save it with save_embedding_layers=False if only LoRA was trained, or " + _MERGE,
                     status=409,
                 )
-            tensor = f.get_tensor(key).float()
-            # A single NaN would spread to every row of a shared batch.
-            if not torch.isfinite(tensor).all():
-                raise UserError(
-                    f"'{key}' holds NaN or infinity", where=str(path), fix="train it again", status=409
-                )
-            halves.setdefault(match[1], {})[match[2]] = tensor
+            halves.setdefault(match[1], {})[match[2]] = f.get_tensor(key).float()
     return halves
 
 
@@ -180,6 +183,23 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(
             f"damaged adapter file ({reason})", where=str(path), fix="copy or train it again", status=409
         ) from e
+
+
+@contextmanager
+def well_formed(path: Path) -> Iterator[None]:
+    """:class:`UserError` (409) where what a document says is not of the kind that is read from it."""
+    try:
+        yield
+    except (TypeError, AttributeError, ValueError, ArithmeticError, re.error) as e:
+        raise UserError(
+            f"not a valid {path.name}: {e}", where=str(path), fix="save the adapter again", status=409
+        ) from e
+
+
+def _rank_and_scale(config: dict[str, Any], module: str) -> tuple[Any, float]:
+    rank = _pattern(config, "rank_pattern", "r", module)
+    alpha = _pattern(config, "alpha_pattern", "lora_alpha", module)
+    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _pattern(config: dict[str, Any], patterns: str, default: str, module: str) -> Any:

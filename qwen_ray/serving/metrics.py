@@ -164,7 +164,9 @@ class _Replicas(Collector):
         oldest = self._clock() - _SILENT_SECONDS
         self._last = {name: heard for name, heard in self._last.items() if heard.at >= oldest}
         load = GaugeMetricFamily(
-            "qwen_ray_replica_load", "What is queued and running in a replica.", labels=["replica", "of"]
+            "qwen_ray_replica_load",
+            "What is queued, running and kept in a replica.",
+            labels=["replica", "of"],
         )
         loaded = GaugeMetricFamily(
             "qwen_ray_replica_adapters", "Adapters in a replica's memory.", labels=["replica"]

@@ -19,6 +19,7 @@ def _errors(**described: str) -> Responses:
 
 
 EVERYWHERE = _errors(
+    _403="Not a host name by which this server is asked",
     _500="The server failed; its log says why",
     _503="The replica ended, or what it needs is not to be had now; send the request again",
     _504="The request took longer than the server allows",
@@ -33,8 +34,9 @@ TAKES_BODY = GUARDED | _errors(
     _413="More than the server takes at once; send it in parts",
     _415="The body is not application/json",
 )
-FOR_A_MODEL = TAKES_BODY | _errors(
-    _404="No such model", _409="The adapter cannot be served: damaged, or of another base model"
+NO_MODEL = _errors(_404="No such model")
+FOR_A_MODEL = (
+    TAKES_BODY | NO_MODEL | _errors(_409="The adapter cannot be served: damaged, or of another base model")
 )
 STREAMED: Responses = FOR_A_MODEL | {
     200: {

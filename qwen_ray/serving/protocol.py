@@ -110,9 +110,15 @@ class TextPart(_Request):
 
 
 class Message(_Request):
-    role: str = Field(min_length=1, max_length=64)
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text = ""
     name: str | None = None
+
+    @field_validator("role")
+    @classmethod
+    def _known_to_templates(cls, role: str) -> str:
+        """Models know OpenAI's newer name of the system's role by its older one; others' would be lost."""
+        return "system" if role == "developer" else role
 
     @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
     @classmethod
@@ -168,6 +174,12 @@ class EmbeddingsRequest(_Request):
         ]
     )
     encoding_format: Literal["float", "base64"] = "float"
+
+
+class ModelRequest(_Request):
+    """``GET /v1/models/{id}``."""
+
+    model: str
 
 
 class TokenizeRequest(_Request):

@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ray.errors import UserError
 from qwen_ray.serving.handles import HandleAssistant, HandleClient
+from qwen_ray.serving.heap import trim
 from qwen_ray.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
     from qwen_ray.serving.service import Service
 
 
-class EngineReplica:
+class _Replica:
+    def check_health(self) -> None:
+        """Called by Serve every 10 s, which replaces a replica that raises."""
+        trim()
+
+
+class EngineReplica(_Replica):
     """A replica with the model; the methods are those of :class:`qwen_ray.serving.service.Service`."""
 
     def __init__(self, settings: ServeSettings, assistant: Any = None) -> None:
@@ -40,7 +47,7 @@ class EngineReplica:
             facts = {}
 
     def check_health(self) -> None:
-        """Called by Serve, which replaces a replica that raises."""
+        super().check_health()
         if not self._service.scheduler.alive:
             raise RuntimeError("the model's thread has ended")
 
@@ -55,7 +62,7 @@ class EngineReplica:
         return [str(used.name) for used in self._service.store.resident]
 
 
-class AssistantReplica:
+class AssistantReplica(_Replica):
     """Router, knowledge bases and their embedder, shared by all replicas of the engine."""
 
     def __init__(self, settings: ServeSettings) -> None:
@@ -76,7 +83,7 @@ class AssistantReplica:
             return None, e
 
 
-class Ingress:
+class Ingress(_Replica):
     """Routes HTTP to the replicas."""
 
     def __init__(self, engine: Any, settings: ServeSettings) -> None:
@@ -88,7 +95,9 @@ class Ingress:
 
         settings = self._settings
         keys = KeyFile(settings.keys) if settings.keys else None
-        return create_app(self._client, keys=keys, limits=settings.limits, cors=settings.cors)
+        return create_app(
+            self._client, keys=keys, limits=settings.limits, cors=settings.cors, hosts=settings.hosts
+        )
 
 
 def _service(settings: ServeSettings, assistant: Any) -> Service:

@@ -21,8 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ray.errors import UserError
 from qwen_ray.serving.backlog import Backlog, Place
-from qwen_ray.serving.engines.base import GenerateRequest, GenerateResult, ScoreItem, ScoreResult, TokenEvent
+from qwen_ray.serving.engines.base import (
+    GenerateRequest,
+    GenerateResult,
+    OnToken,
+    OnTokenOf,
+    ScoreItem,
+    ScoreResult,
+)
 from qwen_ray.serving.engines.decode import DecodeBatch, DecodeRow
+from qwen_ray.serving.engines.shared import listener
 from qwen_ray.serving.engines.torch import MAX_ROWS
 
 if TYPE_CHECKING:
@@ -115,19 +123,28 @@ class Scheduler:
             future.set_exception(e)
         return future
 
-    def generate(
-        self, request: GenerateRequest, on_token: Callable[[TokenEvent], None] | None = None
-    ) -> Generation:
+    def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> Generation:
         """Queue a generation. ``on_token`` runs on the model's thread, so it must be quick."""
-        future: Future[GenerateResult] = Future()
+        listen = None if on_token is None else lambda _, event: on_token(event)
+        return self.generate_all([request], listen)[0]
+
+    def generate_all(
+        self, requests: Sequence[GenerateRequest], on_token: OnTokenOf | None = None
+    ) -> list[Generation]:
+        """Queue the generations of one client's request: all of them or, if one is invalid or too much waits
+        (429), none."""
+        futures: list[Future[GenerateResult]] = [Future() for _ in requests]
         try:
-            self.engine.check_generate(request)
-            row = DecodeRow(self.engine, request, on_token)
-            self._put(self._rows, _Row(row, future, self._backlog.enter(row.most_tokens)))
+            for request in requests:
+                self.engine.check_generate(request)
+            rows = [DecodeRow(self.engine, r, listener(i, on_token)) for i, r in enumerate(requests)]
+            places = self._backlog.enter_all([row.expected_tokens for row in rows])
         except UserError as e:
-            future.set_exception(e)
-            return Generation(None, future)
-        return Generation(row, future)
+            for future in futures:
+                future.set_exception(e)
+            return [Generation(None, future) for future in futures]
+        self._put(self._rows, *map(_Row, rows, futures, places))
+        return [Generation(row, future) for row, future in zip(rows, futures, strict=True)]
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Run ``function`` on the model's thread, between forwards, and return what it returns."""
@@ -150,7 +167,8 @@ class Scheduler:
 
     @property
     def load(self) -> dict[str, int]:
-        """How much is queued and running (for health and metrics)."""
+        """How much is queued, running and kept (for health and metrics)."""
+        prefixes = self.engine.prefixes
         return {
             "score_requests": len(self._scores) + (len(self._window.requests) if self._window else 0),
             "waiting": len(self._rows),
@@ -158,29 +176,35 @@ class Scheduler:
             "waiting_tokens": self._backlog.waiting,
             "max_waiting_tokens": self._backlog.most,
             "tokens_per_second": round(self._backlog.speed),
+            "prefix_bytes": 0 if prefixes is None else prefixes.nbytes,
+            "max_prefix_bytes": 0 if prefixes is None else prefixes.max_bytes,
         }
 
-    def _put(self, queue: deque[Any], entry: Any) -> None:
+    def _put(self, queue: deque[Any], *entries: Any) -> None:
         with self._condition:
             if self._stopping:
                 raise RuntimeError("the scheduler has stopped")
-            queue.append(entry)
+            queue.extend(entries)
             self._condition.notify()
 
     # -- the model's thread
 
     def _run(self) -> None:
-        while True:
+        try:
+            while True:
+                with self._condition:
+                    idle = not (self._window or self._batches)
+                    while idle and not (self._calls or self._scores or self._rows or self._stopping):
+                        self._condition.wait()
+                    if self._stopping:
+                        break
+                if idle and (self._scores or self._rows):
+                    time.sleep(self._gather)
+                self._turn()
+        finally:  # also where a turn failed: nobody waits for what never comes
             with self._condition:
-                idle = not (self._window or self._batches)
-                while idle and not (self._calls or self._scores or self._rows or self._stopping):
-                    self._condition.wait()
-                if self._stopping:
-                    break
-            if idle and (self._scores or self._rows):
-                time.sleep(self._gather)
-            self._turn()
-        self._abandon()
+                self._stopping = True
+            self._abandon()
 
     def _turn(self) -> None:
         """One round: pending calls, one scoring forward, one step of one generation batch."""
@@ -235,7 +259,11 @@ class Scheduler:
             items.extend(request.items)
         if not requests:
             return None
-        batches = deque(self.engine.plan_score(items))
+        try:
+            batches = deque(self.engine.plan_score(items))
+        except Exception as e:
+            self._score_alone(requests, e)
+            return None
         for batch in batches:
             for request in {id(owner[i][0]): owner[i][0] for i in batch.items}.values():
                 request.missing += 1
@@ -246,10 +274,8 @@ class Scheduler:
         return _Window(requests, items, owner, batches) if batches else None
 
     def _score_alone(self, requests: Sequence[_Score], error: Exception) -> None:
-        """A shared forward failed: run each request by itself, whole, and settle it here."""
-        log.warning(
-            "a scoring batch of %d requests failed (%s); running them one by one", len(requests), error
-        )
+        """A shared plan or forward failed: run each request by itself, whole, and settle it here."""
+        log.warning("scoring %d requests failed (%s); running them one by one", len(requests), error)
         for request in requests:
             if not request.future.done():
                 request.place.leave()
@@ -262,14 +288,17 @@ class Scheduler:
                 entry.row: entry
                 for entry in (self._rows.popleft() for _ in range(min(len(self._rows), free * MAX_ROWS)))
             }
-            groups = self.engine.group_rows(list(waiting))
-            for row in (row for group in groups[:free] for row in group):
-                self._running[row] = waiting[row]
-                waiting[row].place.start()
+            # First the group of the one that waits longest, or short prompts would never pass longer ones.
+            order = {row: place for place, row in enumerate(waiting)}
+            groups = sorted(
+                self.engine.group_rows(list(waiting)), key=lambda group: min(order[row] for row in group)
+            )[:free]
+            for row in (row for group in groups for row in group):
+                self._running[row] = waiting.pop(row)
+                self._running[row].place.start()
             # To the front: the next batches to be stepped are the new ones' prefills.
-            self._batches.extendleft(DecodeBatch(self.engine, group) for group in groups[:free])
-            for group in groups[free:]:
-                self._rows.extendleft(waiting[row] for row in group)
+            self._batches.extendleft(DecodeBatch(self.engine, group) for group in reversed(groups))
+            self._rows.extendleft(reversed(waiting.values()))
 
     def _step(self, batch: DecodeBatch) -> None:
         rows = list(batch.rows)

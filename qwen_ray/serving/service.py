@@ -20,7 +20,15 @@ from qwen_ray import models
 from qwen_ray.errors import UserError
 from qwen_ray.registry import NAME, Registry
 from qwen_ray.serving.adapters import DEFAULT_BYTES, AdapterStore, Use
-from qwen_ray.serving.assistant import NOTES, Assistant, NoAssistant, Passage, Route, question_of
+from qwen_ray.serving.assistant import (
+    NOTES,
+    Assistant,
+    NoAssistant,
+    Passage,
+    Route,
+    control_tokens,
+    question_of,
+)
 from qwen_ray.serving.canary import on_canary
 from qwen_ray.serving.completions import Completions, Json, Plan, Prompt, finite
 from qwen_ray.serving.engines.base import ScoreItem, ScoreResult, ServedEngine
@@ -31,6 +39,7 @@ from qwen_ray.serving.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingsRequest,
+    ModelRequest,
     ScoreRequest,
     TokenizeRequest,
 )
@@ -107,8 +116,10 @@ class Service:
         self.assistant = assistant or NoAssistant()
         self.notes_template = notes_template
         self._completions = Completions(engine, self.scheduler)
+        self._control = control_tokens(engine.tokenizer)
         self._calls: dict[str, Callable[[Any], Awaitable[Any]]] = {
             "models": self._models,
+            "model": self._model,
             "health": self._health,
             "tokenizer_info": self._tokenizer_info,
             "tokenize": self._tokenize,
@@ -266,6 +277,13 @@ class Service:
             served.append({"id": about["embedder"], **common, "parent": None, "embeddings": True})
         return {"object": "list", "data": served}
 
+    async def _model(self, body: ModelRequest) -> Json:
+        """What :meth:`_models` says of one."""
+        for entry in (await self._models(None))["data"]:
+            if entry["id"] == body.model:
+                return dict(entry)
+        raise UserError(f"unknown model '{body.model}'", fix="see GET /v1/models", status=404)
+
     async def _health(self, _: None) -> Json:
         if not self.scheduler.alive:
             raise RuntimeError("the model's thread has ended")
@@ -291,14 +309,13 @@ class Service:
 
     async def _tokenize(self, body: TokenizeRequest) -> Json:
         texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        encoded = (
-            self.engine.tokenizer(texts, add_special_tokens=body.add_special_tokens, verbose=False)[
-                "input_ids"
-            ]
-            if texts
-            else []
-        )
-        ids = [list(row) for row in encoded]
+
+        def encode() -> list[list[int]]:
+            special = body.add_special_tokens
+            encoded = self.engine.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+            return [list(row) for row in encoded]
+
+        ids = await self._completions.aside(sum(map(len, texts)), encode) if texts else []
         return {
             "tokens": ids[0] if isinstance(body.prompt, str) else ids,
             "count": sum(map(len, ids)),
@@ -307,13 +324,15 @@ class Service:
 
     async def _detokenize(self, body: DetokenizeRequest) -> Json:
         check_ids(body.tokens, "tokens", vocabulary=self.engine.vocabulary)
-        return {"prompt": self.engine.tokenizer.decode(body.tokens)}
+        text = await self._completions.aside(len(body.tokens), lambda: self._completions.decode(body.tokens))
+        return {"prompt": text}
 
     # -- scores and text
 
     async def _score(self, body: ScoreRequest) -> Json:
         """All models in one call, so that they share forwards."""
         models = body.models or [str(body.model)]
+        self._check_places(models)
         for item in body.items:
             check_ids(item.context, "context", vocabulary=self.engine.vocabulary)
 
@@ -342,6 +361,19 @@ class Service:
             return {"model": body.model, **answers[0]}
         return {"models": dict(zip(models, answers, strict=True))}
 
+    def _check_places(self, models: Sequence[str]) -> None:
+        """:class:`UserError` for more adapters in one request than the engine has places for: they would wait
+        for one another."""
+        places: int | None = getattr(self.engine, "max_adapters", None)
+        asked = {(m.adapter, m.at) for m in map(self._known, models) if m.adapter and not m.auto}
+        if places is not None and len(asked) > places:
+            raise UserError(
+                f"the request names {len(asked)} adapters, this server holds {places} at once",
+                where="models",
+                fix="send it in parts, or start the server with a larger max_adapters",
+                status=413,
+            )
+
     async def _completion(self, body: CompletionRequest | ChatRequest) -> Json:
         async with self._planned(body) as (plan, about):
             return await self._completions.run(plan) | about
@@ -350,14 +382,21 @@ class Service:
     async def _planned(self, body: CompletionRequest | ChatRequest) -> AsyncIterator[tuple[Plan, Json]]:
         """The plan of a request, and what its answer says of who answered."""
         if isinstance(body, ChatRequest):
+            for message in body.messages:
+                self._completions.check_fits(message.content, "messages")
             users = [message.content for message in body.messages if message.role == "user"]
             async with self._assigned(
                 body.model, lambda: users[-1:] or [""], 1, openings=lambda: users[:1] or [""]
             ) as (one,):
-                prompt = Prompt(self._talk(body, one), adapter=one.use.key)
+                size = sum(len(message.content) for message in body.messages)
+                ids = await self._completions.aside(size, lambda: self._talk(body, one))
+                prompt = Prompt(ids, adapter=one.use.key)
                 yield self._completions.plan_chat(body, prompt), _answered([one])
             return
-        prompts = self._completions.prompts(body)
+        size = len(body.prompt)
+        if not isinstance(body.prompt, str):
+            size = sum(1 if isinstance(part, int) else len(part) for part in body.prompt)
+        prompts = await self._completions.aside(size, lambda: self._completions.prompts(body))
 
         def texts() -> list[str]:
             return [prompt.text or self._completions.decode(prompt.ids) for prompt in prompts]
@@ -388,7 +427,9 @@ class Service:
         return self._completions.conversation(body.messages)
 
     def _notes(self, passages: Sequence[Passage]) -> str:
-        shown = "\n".join(f"[{i}] {passage.text}" for i, passage in enumerate(passages, start=1))
+        # A document must not end its part of the prompt: what the model takes for control is not passed on.
+        texts = [self._control.sub(" ", passage.text) for passage in passages]
+        shown = "\n".join(f"[{i}] {text}" for i, text in enumerate(texts, start=1))
         return self.notes_template.replace("{passages}", shown)
 
     async def _embeddings(self, body: EmbeddingsRequest) -> Json:

@@ -89,6 +89,9 @@ class ServeSettings(Section):
     """What one request, and one key, may ask for."""
     cors: list[str] = Field(default_factory=list)
     """Origins whose pages may use the server from a browser."""
+    hosts: list[str] = Field(default_factory=list)
+    """Names by which the server may be asked (`Host` header; `*.NAME`: all below; `*`: any). Default: any;
+    `qwen-ray serve` without keys on this machine only: localhost, 127.0.0.1 and [::1]."""
 
     @classmethod
     def of(cls, args: Mapping[str, Any]) -> ServeSettings:

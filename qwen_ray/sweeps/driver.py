@@ -58,7 +58,8 @@ def run_sweep(
     registry: Path | str | None = None,
     address: str | None = None,
 ) -> SweepResult:
-    """Search, confirm and register as ``spec`` says; ``resume`` goes on with the sweep in its folder.
+    """Search, confirm and register as ``spec`` says; ``resume`` goes on with the sweep in its folder, and
+    starts it where there is none.
 
     ``registry``: where the winner is published (``OUT/registry``). ``address``: Ray cluster to join. Raises
     :class:`UserError` for bad input, ``RuntimeError`` when trials could not be run, ``KeyboardInterrupt``
@@ -70,6 +71,8 @@ def run_sweep(
     with locked(out):
         spec = with_data(spec)
         sweep = open_sweep(out, spec)
+        if resume and sweep["state"] == "new":
+            note("no sweep to resume here: starting it")
         if sweep["state"] == "done":
             note("this sweep is done")
             return SweepResult(out, read_json(out / "result.json"))

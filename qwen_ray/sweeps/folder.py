@@ -43,6 +43,12 @@ def prepared(spec: SweepConfig) -> SweepConfig:
             fix=f"stopping.name={' or '.join(_STOPPING[kind])}",
         )
     base = absolute(trial_config(spec, {}, out=spec.out))
+    if base.cluster.labels and (kind == "packed" or not base.cluster.workers):
+        raise UserError(
+            "labels choose the nodes of workers, and these trials have none",
+            where="run.cluster.labels",
+            fix="trials.kind=plain with run.cluster.workers=1 or more, or leave the labels out",
+        )
     if not spec.embedded_data:
         put(spec.run, "data.train", base.data.train, where="run")
         put(spec.run, "data.validation", base.data.validation, where="run")
@@ -81,9 +87,8 @@ def with_data(spec: SweepConfig) -> SweepConfig:
 
 
 def check_state(out: Path, resume: bool) -> None:
+    """Refuse a folder that holds a sweep, unless it is to be resumed, or anything else."""
     there = (out / STATE).is_file()
-    if resume and not there:
-        raise UserError("there is no sweep to resume", where=str(out), fix="leave --resume out")
     if there and not resume:
         raise UserError(
             "this folder holds a sweep",

@@ -16,7 +16,14 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-from qwen_ray.config import ClusterConfig, ComputeConfig, MethodConfig, RunConfig, StrategyConfig
+from qwen_ray.config import (
+    ClusterConfig,
+    ComputeConfig,
+    MethodConfig,
+    OptimConfig,
+    RunConfig,
+    StrategyConfig,
+)
 from qwen_ray.errors import UserError
 from qwen_ray.sweeps.ledger import Ledger, State
 from qwen_ray.sweeps.objective import FAILED, judge
@@ -137,7 +144,11 @@ class Asha(AsyncHyperBandScheduler):
         decided: str = super().on_trial_result(tune_controller, trial, result)
         index = trial.config["trial"]
         if recorded := result["recorded"]:  # decided before
-            return TrialScheduler.CONTINUE if recorded == "continue" else TrialScheduler.STOP
+            if recorded == "continue":
+                return TrialScheduler.CONTINUE
+            if self._ledger.trial(index).state == "running":  # the driver died before it said so
+                self._end(index, recorded, result["error"])
+            return TrialScheduler.STOP
         if result["share"] >= 1:
             decision = "done"
         elif result["error"] or (decided == TrialScheduler.STOP and index != REFERENCE):
@@ -146,12 +157,17 @@ class Asha(AsyncHyperBandScheduler):
             decision = "continue"
         losses = {k: v for k, v in result.items() if k.startswith("eval_loss")}
         report = {k: result[k] for k in _REPORTED} | losses | {"decision": decision}
+        if result["error"]:
+            report["error"] = result["error"]
         self._ledger.append_report(index, report)
         if decision == "continue":
             return TrialScheduler.CONTINUE
-        state: State = "failed" if result["error"] else "done" if decision == "done" else "stopped"
-        self._ledger.set_state(index, state, result["error"])
+        self._end(index, decision, result["error"])
         return TrialScheduler.STOP
+
+    def _end(self, index: int, decision: str, error: str | None) -> None:
+        state: State = "failed" if error else "done" if decision == "done" else "stopped"
+        self._ledger.set_state(index, state, error)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_error(tune_controller, trial)
@@ -168,7 +184,8 @@ def run_trial(
     known = ledger.reports(trial.index)
     for number, report in enumerate(known):
         tune.report(
-            {**report, "level": spec.stopping.eta**number, "error": None, "recorded": report["decision"]}
+            {**report, "level": spec.stopping.eta**number, "recorded": report["decision"]}
+            | {"error": report.get("error")}
         )
     if known and known[-1]["decision"] != "continue":
         return
@@ -241,18 +258,19 @@ class _Reporter:
 def base_losses(config: RunConfig) -> dict[str, float]:
     """Held-out loss of each domain, ``eval_loss/DOMAIN``, before any training: what gain is measured from.
 
-    Runs where a worker would, so it imports torch.
+    It is what a run would measure before its first step, its base in 4 bits where the method has it so. Runs
+    where a worker would, so it imports torch.
     """
-    from qwen_ray.training.packed import Pack
+    from qwen_ray.training import loop, strategy
 
+    held = {"name", "quantization", "double_quantization"} if config.method.name == "qlora" else set()
     bare = config.model_copy(
         update={
-            "method": MethodConfig(dropout=0),
-            "strategy": StrategyConfig(),
+            "method": MethodConfig.model_validate(config.method.model_dump(include=held)),
+            "optim": OptimConfig(batch_size=config.optim.batch_size),
+            "strategy": StrategyConfig(name="ddp"),
             "compute": ComputeConfig(attention=config.compute.attention),
             "cluster": ClusterConfig(workers=0),
         }
     )
-    pack = Pack(bare)
-    pack.add("base", bare)
-    return pack.base_losses("base")
+    return loop.validation_loss(loop.set_up(bare, strategy.make("ddp")))

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,24 +138,10 @@ def _name(trial: Any) -> str:
 def fit(tuner: tune.Tuner) -> ResultGrid:
     """``tuner.fit()``, its table on stderr. Ctrl-C ends the cluster that was started here, and is raised:
     Tune's own handler would wait for every trial to come to its next report."""
-    outcome: dict[str, Any] = {}
-
-    def work() -> None:
-        try:
-            outcome["grid"] = tuner.fit()
-        except BaseException as e:
-            outcome["error"] = e
-
-    thread = threading.Thread(target=work, daemon=True)  # Tune catches signals in the main thread only
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     with contextlib.redirect_stdout(sys.stderr):
-        thread.start()
         try:
-            while thread.is_alive():
-                thread.join(timeout=0.5)
+            return tuner.fit()
         except KeyboardInterrupt:
             cluster.disconnect()
             raise
-    if "error" in outcome:
-        raise outcome["error"]
-    grid: ResultGrid = outcome["grid"]
-    return grid

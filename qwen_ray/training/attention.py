@@ -252,8 +252,7 @@ def _eager(
             near = _near(length, window, q.device)
             mask = near if mask is None else mask & near
         gqa = q.shape[1] != k.shape[1]
-        if gqa and q.is_cuda and (mask is not None or q.dtype == torch.float32):
-            # Only the flash kernel shares keys between heads; the others would fall back to plain maths.
+        if gqa and _repeats_keys(q.device, q.dtype, masked=mask is not None):
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             gqa = False
         return F.scaled_dot_product_attention(
@@ -276,6 +275,14 @@ def _eager(
         q, k, v = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in tensors)
         outs.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))
     return torch.cat(outs).index_select(0, documents.scatter)[None]
+
+
+def _repeats_keys(device: torch.device, dtype: torch.dtype, *, masked: bool) -> bool:
+    """Whether each head of queries must be given keys of its own.
+
+    On a GPU only the flash kernel shares keys between heads; the others would fall back to plain maths.
+    """
+    return device.type == "cuda" and (masked or bool(_varlen_obstacle(device, dtype)))
 
 
 def _near(length: int, window: int, device: torch.device) -> torch.Tensor:

@@ -35,8 +35,10 @@ from qwen_ray.data.dataset import load_splits, make_mixture
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import fsync_tree, read_json, sha256_json, write_json, write_text
 from qwen_ray.planner.plan import choose_strategy
+from qwen_ray.planner.speed import HOST_CPUS
 from qwen_ray.registry import LINEAGE
 from qwen_ray.training import errors
+from qwen_ray.training.nodes import check_labels, gpu_memory, gpus_a_worker
 from qwen_ray.training.prometheus import failures_counted
 from qwen_ray.training.tracking import METRICS, MetricsTail, Tracker, read_metrics
 from qwen_ray.training.worker import ARTIFACT, run_rank, work
@@ -131,7 +133,7 @@ def _decided(config: RunConfig) -> RunConfig:
     needs_ray = (
         cluster.prepare(asked.address) != "local"
         or config.strategy.name not in {"auto", "ddp"}
-        or bool(asked.min_workers or asked.gpus_per_worker)
+        or bool(asked.min_workers or asked.gpus_per_worker or asked.labels)
     )
     return config.model_copy(update={"cluster": asked.model_copy(update={"workers": int(needs_ray)})})
 
@@ -212,6 +214,8 @@ def _run_alone(
             where="strategy.name",
             fix="--workers 1 or more, or strategy.name=ddp",
         )
+    if torch.cuda.is_available():
+        config = _planned_alone(config, torch.cuda.get_device_properties(0).total_memory)
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     tracker = Tracker(out, config, run_id, group=group)
 
@@ -230,6 +234,18 @@ def _run_alone(
         raise RuntimeError(errors.explain(e, out)) from e
     finally:
         tracker.close()
+
+
+def _planned_alone(config: RunConfig, memory: int) -> RunConfig:
+    """What ``strategy.name: auto`` means in this process, whose GPU has ``memory`` bytes: ddp, and what the
+    planner sets beside it."""
+    chosen, compute, reason = choose_strategy(config, 1, memory)
+    if chosen.name == "ddp":
+        log.info("strategy %s", reason)
+    else:
+        log.warning("ddp, though the planner would take %s; for that: --workers 1", reason)
+    strategy = config.strategy.model_copy(update={"name": "ddp"})
+    return config.model_copy(update={"strategy": strategy, "compute": compute})
 
 
 def _run_on_ray(
@@ -251,7 +267,8 @@ def _run_on_ray(
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    gpus = _gpus_a_worker(config, fewest)
+    check_labels(config.cluster.labels, config.cluster.start_seconds)
+    gpus = gpus_a_worker(config.cluster, fewest)
     resources = {"CPU": config.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     if cluster.started_here():  # another may have an autoscaler, and grow
         cluster.check_room(resources, fewest, "workers", where="cluster.workers")
@@ -271,7 +288,12 @@ def _run_on_ray(
             "group": group,
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(use_gpu=bool(gpus), resources_per_worker=resources, **scaling),
+        scaling_config=ScalingConfig(
+            use_gpu=bool(gpus),
+            resources_per_worker=resources,
+            label_selector=config.cluster.labels or None,
+            **scaling,
+        ),
         run_config=RayRunConfig(
             name="ray",
             storage_path=str(out),
@@ -323,54 +345,22 @@ def _fit(trainer: Any, out: Path, progress: Progress | None) -> Any:
     return outcome["result"]
 
 
-def _gpus_a_worker(config: RunConfig, fewest: int) -> float:
-    """As configured, else 1 if the cluster has that many: a head or driver node has no GPU, as a rule."""
-    import ray
-
-    if config.cluster.gpus_per_worker is not None:
-        return config.cluster.gpus_per_worker
-    have = ray.cluster_resources().get("GPU", 0)
-    if have >= fewest:
-        return 1
-    if have:
-        log.warning(
-            "the cluster has %g GPUs for %d workers: training on CPUs; ask for as many workers as it has "
-            "GPUs, or set cluster.gpus_per_worker=1 to wait for more",
-            have,
-            fewest,
-        )
-    return 0
-
-
 def _resolve_strategy(config: RunConfig, gpus: float) -> RunConfig:
     """``strategy.name: auto`` asks the planner, which asks the cluster what its GPUs are."""
     asks = gpus and config.strategy.name == "auto"
-    memory = _gpu_memory(gpus, config.cluster.start_seconds) if asks else 0
+    memory = gpu_memory(config.cluster, gpus) if asks else 0
     chosen, compute, reason = choose_strategy(config, int(gpus * (config.cluster.workers or 1)), memory)
     log.info("strategy %s", reason)
+    threads = config.cluster.cpus_per_worker
+    if gpus and chosen.offload_optimizer != "none" and threads < HOST_CPUS:
+        log.warning(
+            "the optimizer steps on the host, on %g CPUs (cluster.cpus_per_worker); the planner counts on %d",
+            threads,
+            HOST_CPUS,
+        )
     resolved = config.model_copy(update={"strategy": chosen, "compute": compute})
     combinations.check(resolved)
     return resolved
-
-
-def _gpu_memory(gpus: float, seconds: float) -> int:
-    """Bytes of a worker's GPU, asked where one is: the driver's node need not have any."""
-    import ray
-
-    @ray.remote(num_cpus=0, num_gpus=gpus, max_calls=1)
-    def ask() -> int:
-        import torch
-
-        return int(torch.cuda.get_device_properties(0).total_memory)
-
-    asked = ask.remote()
-    try:
-        return int(ray.get(asked, timeout=seconds))
-    except ray.exceptions.GetTimeoutError:
-        ray.cancel(asked)
-        raise RuntimeError(
-            f"no GPU became free within {seconds:g} s (cluster.start_seconds); see `ray status`"
-        ) from None
 
 
 def _publish(result: dict[str, Any], out: Path, config: RunConfig) -> str:

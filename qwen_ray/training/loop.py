@@ -33,7 +33,7 @@ from qwen_ray.data.dataset import Dataset, build_dataset
 from qwen_ray.data.packing import Batch
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation.monitor import ForgettingMonitor, Verdict
-from qwen_ray.fsio import sha256_json
+from qwen_ray.fsio import read_json, sha256_json, write_json
 from qwen_ray.planner.hardware import peak_flops
 from qwen_ray.training import attention, checkpoint, lora, loss, memory, precision
 from qwen_ray.training.checkpoint import CheckpointStore
@@ -166,6 +166,8 @@ def train(
             must_save = notice.given(step)
             if step == total or step % config.evaluate.every_steps == 0 or step in points:
                 metrics |= validation_loss(run)
+                # The last update may have ruined the weights: nothing of them is reported or saved.
+                _check_finite(metrics.get("eval_loss", 0.0), "held-out loss", step)
             if config.evaluate.suites and (step == total or step % config.evaluate.suites_every_steps == 0):
                 verdict = judge(run, step, metrics)
                 stopped = verdict.message if verdict.action in {"stop", "rollback"} else None
@@ -232,8 +234,7 @@ def take_step(run: Run, step: int, total: int, data: Step, notice: Notice) -> di
     wanted = losses.new_full((1,), float(notice.wanted and strategy.rank == 0))
     sums = strategy.sum(torch.cat([wanted, losses])).tolist()  # the step's one wait for the device
     mean, notice.due = sums[1] / data.supervised, sums[0] > 0
-    if not math.isfinite(mean):
-        raise FloatingPointError(f"the loss is {mean} at step {step}; lower optim.learning_rate")
+    _check_finite(mean, "loss", step)
     of_domains = {}
     if run.loss.nats is not None:
         of_domains = {domain: sums[2 + i] for domain, i in run.feed.domains.items()}
@@ -246,6 +247,11 @@ def take_step(run: Run, step: int, total: int, data: Step, notice: Notice) -> di
         "workers": strategy.world_size,
         **rates_of(data, run.meter, time.perf_counter() - run.clock),
     }
+
+
+def _check_finite(value: float, name: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {name} is {value} at step {step}; lower optim.learning_rate")
 
 
 def losses_of(data: Step, total: float, of_domains: Mapping[str, float]) -> dict[str, float]:
@@ -541,6 +547,8 @@ def hand_over(run: Run, folder: Path) -> None:
     dtype = models.stored_dtype(models.resolve(run.config.model.name))
     state = {name.removeprefix("model."): value.to(dtype) for name, value in weights.items()}
     run.model.save_pretrained(str(folder), state_dict=state)
+    settings = read_json(folder / "config.json")  # which says the dtype of the model in memory
+    write_json(folder / "config.json", {**settings, "dtype": str(dtype).removeprefix("torch.")})
     run.tokenizer.save_pretrained(str(folder))
 
 

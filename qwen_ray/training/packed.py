@@ -29,9 +29,10 @@ from qwen_ray.evaluation.monitor import ForgettingMonitor
 from qwen_ray.training import loop, lora
 from qwen_ray.training.checkpoint import CheckpointStore
 from qwen_ray.training.feed import Feed, Step
+from qwen_ray.training.packed_bank import Bank, Lane
 from qwen_ray.training.packed_base import FrozenBase
-from qwen_ray.training.packed_checks import check
-from qwen_ray.training.packed_layers import Adapter, Bank
+from qwen_ray.training.packed_checks import check, check_numbers
+from qwen_ray.training.packed_layers import Adapter
 from qwen_ray.training.packed_slot import Slot
 from qwen_ray.training.schedule import learning_rate
 from qwen_ray.training.throughput import Meter
@@ -53,6 +54,7 @@ class Pack:
         check(config)
         self.config = config
         self.base = FrozenBase(config, device)
+        check_numbers(self.base.numbers)
         self.datasets = Datasets(self.base.tokenizer, context=self.base.context)
         self.bank: Bank
         self.slots: dict[str, Slot] = {}
@@ -129,9 +131,7 @@ class Pack:
         if not slots:
             return
         self.bank = self.base.bank(
-            [slot.config.method.r for slot in slots],
-            [slot.scale for slot in slots],
-            [slot.layers for slot in slots],
+            [Lane(slot.config.method.r, slot.scale, slot.layers) for slot in slots],
             trains=True,
             old=None if old is None else (old, sources),
         )
@@ -153,7 +153,7 @@ class Pack:
         if not slots:
             return {}
         taken = [(slot, slot.take()) for slot in slots]
-        self.bank.grads.zero_()
+        self.bank.grads.whole.zero_()
         losses = self._backward(taken)
         norms = self._clip()
         rates = [learning_rate(slot.step, slot.total, slot.config.optim) for slot in slots]
@@ -185,9 +185,10 @@ class Pack:
 
     def _clip(self) -> torch.Tensor:
         """Clip each lane's gradient to its trial's limit; returns the norms before, ``[K]``."""
-        norms = torch.linalg.vector_norm(self.bank.grads, dim=1)
+        norms = torch.stack([torch.linalg.vector_norm(row) for row in self.bank.grads])
         limits = norms.new_tensor([slot.config.optim.max_grad_norm for slot in self.slots.values()])
-        self.bank.grads.mul_((limits / (norms + 1e-6)).clamp(max=1.0)[:, None])
+        for row, factor in zip(self.bank.grads, (limits / (norms + 1e-6)).clamp(max=1.0), strict=True):
+            row.mul_(factor)
         return norms
 
     def _backward(self, taken: list[tuple[Slot, Step]]) -> torch.Tensor:
@@ -242,10 +243,14 @@ class Pack:
         scores: list[dict[str, float]] = []
         for start in range(0, len(adapters), at_once):
             group = adapters[start : start + at_once]
-            ranks = [max((len(a) for a, _ in adapter.values()), default=1) for adapter in group]
-            bank = self.base.bank(ranks, [1.0] * len(group), [frozenset(adapter) for adapter in group])
+            bank = self.base.bank(
+                [
+                    Lane(max((len(a) for a, _ in each.values()), default=1), 1.0, frozenset(each))
+                    for each in group
+                ]
+            )
             for lane, adapter in enumerate(group):
-                pairs = bank.layout.views(bank.values[lane])
+                pairs = bank.layouts[lane].views(bank.values[lane])
                 for name, (a, b) in adapter.items():
                     pairs[name][0][: len(a)].copy_(a)
                     pairs[name][1][:, : len(a)].copy_(b)

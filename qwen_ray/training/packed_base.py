@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,10 +15,12 @@ from qwen_ray.config import RunConfig
 from qwen_ray.data.packing import Batch, Row, collate
 from qwen_ray.training import attention, memory, precision
 from qwen_ray.training.loss import TokenLoss, head_loss
-from qwen_ray.training.packed_layers import Adapters, Bank, Pass
+from qwen_ray.training.packed_bank import Bank, Lane
+from qwen_ray.training.packed_layers import Adapters, Pass
 
-EVALUATED = 8192
-"""Tokens of a forward pass without gradients, about: a row of each lane is the least."""
+EVALUATED = 4
+"""How many times the tokens of a pass with gradients one without takes, about, as it keeps nothing: a row of
+each lane is the least."""
 PASS_VALUES = {"cpu": 2**17, "cuda": 2**24}
 """Tokens times hidden size of a pass with gradients, at most (a lane is the least): beyond it a device is
 busy, and more only take memory."""
@@ -54,19 +58,16 @@ class FrozenBase:
 
     def bank(
         self,
-        ranks: Sequence[int],
-        scales: Sequence[float],
-        layers: Sequence[frozenset[str]],
+        lanes: Sequence[Lane],
         *,
         trains: bool = False,
         old: tuple[Bank, Sequence[int | None]] | None = None,
     ) -> Bank:
-        """A bank with a lane for each; see :class:`Bank`."""
-        every = frozenset[str]().union(*layers)
-        shapes = {name: shape for name, shape in self.adapters.shapes.items() if name in every}
+        """A bank of these lanes; see :class:`Bank`."""
         return Bank(
-            shapes,
-            list(zip(ranks, scales, layers, strict=True)),
+            self.adapters.shapes,
+            lanes,
+            padded=self.batched,
             device=self.device,
             dtype=self.numbers.trained if trains else self.numbers.compute,
             compute=self.numbers.compute,
@@ -75,17 +76,16 @@ class FrozenBase:
         )
 
     def passes(self, parts: Parts) -> Iterator[Parts]:
-        """Lanes that go together through one pass, none with many more tokens than are worth it."""
-        chosen: dict[int, tuple[Batch, int]] = {}
-        tokens = 0
-        for lane, part in parts.items():
-            length = part[0].input_ids.shape[1]
-            if chosen and tokens + length > self.pass_tokens:
-                yield chosen
-                chosen, tokens = {}, 0
-            chosen[lane] = part
-            tokens += length
-        yield chosen
+        """Lanes that go together through one pass: as few passes as there can be without more tokens in any
+        than are worth it, and then as even as these few can be, for the largest decides the memory."""
+        lanes = list(parts)
+        lengths = [batch.input_ids.shape[1] for batch, _ in parts.values()]
+        most = self.pass_tokens
+        fewest = len(_cut(lengths, most))
+        least = min(-(-sum(lengths) // (fewest - 1)), most)
+        even = bisect_left(range(least, most), True, key=lambda tokens: len(_cut(lengths, tokens)) <= fewest)
+        for start, end in pairwise(_cut(lengths, least + even)):
+            yield {lane: parts[lane] for lane in lanes[start:end]}
 
     def backward(
         self, bank: Bank, parts: Parts, dropout: Dropout
@@ -102,7 +102,7 @@ class FrozenBase:
         scale = share.repeat_interleave(torch.tensor(sizes))[:, None].to(self.device, non_blocking=True)
         nats = torch.empty(len(batch.targets), dtype=torch.float32, device=self.device)
         kept = memory.offload(self.device) if self._offloads else nullcontext()
-        self.adapters.current = Pass(bank, _spans(parts), self.batched, dropout)
+        self.adapters.current = Pass(bank, _spans(parts), dropout)
         try:
             with self.numbers.autocast(self.device), kept:
                 hidden = self.loss.hidden(batch)
@@ -120,13 +120,13 @@ class FrozenBase:
     ) -> dict[int, dict[str, tuple[float, int]]]:
         """Of each lane (or of the base, without a bank) on its rows by domain: (nats, supervised tokens)."""
         self.model.eval()
-        chunks = {id(r): self._chunks(r, EVALUATED // len(rows)) for r in rows.values()}
+        chunks = {id(r): self._chunks(r, EVALUATED * self.pass_tokens // len(rows)) for r in rows.values()}
         width = max((len(r) for r in rows.values()), default=0)
         totals = torch.zeros(max(rows, default=0) + 1, width, dtype=torch.float64, device=self.device)
         for i in range(max((len(c) for c in chunks.values()), default=0)):
             parts = {lane: (chunks[id(r)][i], 1) for lane, r in rows.items() if i < len(chunks[id(r)])}
             batch = join([batch for batch, _ in parts.values()]).to(self.device)
-            self.adapters.current = Pass(bank, _spans(parts), self.batched) if bank else None
+            self.adapters.current = Pass(bank, _spans(parts)) if bank else None
             try:
                 with self.numbers.autocast(self.device):
                     self.loss(batch)
@@ -177,6 +177,17 @@ def join(batches: Sequence[Batch]) -> Batch:
         tokens=sum(b.tokens for b in batches),
         supervised=sum(b.supervised for b in batches),
     )
+
+
+def _cut(lengths: Sequence[int], most: int) -> list[int]:
+    """Where to cut so that only single ones are longer than ``most``: 0, ..., the number of all."""
+    cuts, tokens = [0], 0
+    for i, length in enumerate(lengths):
+        if i > cuts[-1] and tokens + length > most:
+            cuts.append(i)
+            tokens = 0
+        tokens += length
+    return [*cuts, len(lengths)]
 
 
 def _spans(parts: Parts) -> list[tuple[int, int, int]]:

@@ -5,19 +5,16 @@ once for all of them; the update s B A x is made lane by lane, in one of two way
 lanes' tokens (CPU, where a call is cheap), or batched products over lanes padded to the longest (GPU, where
 it is not). A lane's numbers never meet another's: padding is zeros and is dropped again.
 
-The adapters of all lanes are rows of one tensor ``[K, P]`` (:class:`Bank`), zero-padded to one rank and one
-set of layers. What is padded stays exactly zero: with A's row and B's column both zero, so is the gradient
-of each, for it is a product with the other. The same holds for a layer that a lane does not adapt at all.
-
 Gradients are added to the bank's in the backward pass itself, not through autograd: no copy of the pack's
 size is made, and a lane that sits out a pass is not touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -25,118 +22,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from qwen_ray.training.packed_bank import Bank
+
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Layer -> (A ``[r, in]``, B ``[out, r]``), the scale folded into B."""
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-_RANK_STEP = 8
-"""Ranks are padded to a multiple: matrix units of a GPU take 16 bytes at a time."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each layer's A and B lie in a lane's row: all A, then all B."""
-
-    shapes: Mapping[str, tuple[int, int]]
-    """Layer -> (inputs, outputs)."""
-    rank: int
-
-    @cached_property
-    def split(self) -> int:
-        """Columns of A; those of B follow."""
-        return self.rank * sum(inputs for inputs, _ in self.shapes.values())
-
-    @cached_property
-    def columns(self) -> int:
-        return self.split + self.rank * sum(outputs for _, outputs in self.shapes.values())
-
-    def views(self, rows: torch.Tensor) -> dict[str, Pair]:
-        """A ``[..., R, in]`` and B ``[..., out, R]`` of each layer in rows ``[..., P]``."""
-        views, a, b = {}, 0, self.split
-        for name, (inputs, outputs) in self.shapes.items():
-            to_a, to_b = a + self.rank * inputs, b + self.rank * outputs
-            views[name] = (
-                rows[..., a:to_a].unflatten(-1, (self.rank, inputs)),
-                rows[..., b:to_b].unflatten(-1, (outputs, self.rank)),
-            )
-            a, b = to_a, to_b
-        return views
-
-
-@torch.no_grad()
-def move(row: torch.Tensor, layout: Layout, target: torch.Tensor, to: Layout) -> None:
-    """Copy a lane's row ``[P]`` into one of another layout, which has room for what is not zero."""
-    if layout == to:
-        target.copy_(row)
-        return
-    rank, theirs = min(layout.rank, to.rank), to.views(target)
-    for name, (a, b) in layout.views(row).items():
-        if name in theirs:
-            theirs[name][0][:rank].copy_(a[:rank])
-            theirs[name][1][:, :rank].copy_(b[:, :rank])
-
-
-class Bank:
-    """The adapters of K lanes, a copy in the format of matrix products, and what training needs of them."""
-
-    def __init__(
-        self,
-        shapes: Mapping[str, tuple[int, int]],
-        lanes: Sequence[tuple[int, float, frozenset[str]]],
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        compute: torch.dtype,
-        trains: bool = False,
-        old: tuple[Bank, Sequence[int | None]] | None = None,
-    ) -> None:
-        """``lanes``: rank, scale and adapted layers of each; ``shapes``: (inputs, outputs) of these layers.
-
-        All values are zero, but for lanes that come from an ``old`` bank: it, and of each lane which one it
-        was there. The old bank is used up: its tensors go one by one as the new are made.
-        """
-        self.ranks = [rank for rank, _, _ in lanes]
-        self.scales = [scale for _, scale, _ in lanes]
-        self.layers = [layers for _, _, layers in lanes]
-        self.layout = layout = Layout(shapes, -(-max(self.ranks) // _RANK_STEP) * _RANK_STEP)
-        self.scale = torch.tensor(self.scales, device=device, dtype=compute)[:, None, None]
-        was, kept = (layout, {}) if old is None else old[0].give()
-        sources = () if old is None else old[1]
-
-        def rows(name: str) -> torch.Tensor:
-            fresh = torch.zeros(len(lanes), layout.columns, dtype=dtype, device=device)
-            if name in kept:
-                before = kept.pop(name)
-                for lane, source in enumerate(sources):
-                    if source is not None:
-                        move(before[source], was, fresh[lane], layout)
-            return fresh
-
-        self.values = rows("values")
-        self._copy = self.values.to(compute)  # the values themselves where the format is the same
-        self.weights = layout.views(self._copy)
-        self.moments: dict[str, torch.Tensor] = {}
-        """AdamW's, under its names for them."""
-        if trains:
-            self.moments = {name: rows(name) for name in ("exp_avg", "exp_avg_sq")}
-            self.grads = rows("grads")
-            self.gradients = layout.views(self.grads)
-
-    def give(self) -> tuple[Layout, dict[str, torch.Tensor]]:
-        """Hand over what is kept of the lanes. The bank cannot be used any more."""
-        given = self.layout, {"values": self.values, **self.moments}
-        vars(self).clear()  # its views would keep the tensors alive
-        return given
-
-    def refresh(self) -> None:
-        """To be called when values have changed."""
-        if self._copy is not self.values:
-            self._copy.copy_(self.values)
-
-    def halves(self, rows: torch.Tensor, lane: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All A and all B of a lane, each ``[1, columns]``, in ``values`` or what is laid out like them."""
-        row = rows[lane : lane + 1]
-        return row[:, : self.layout.split], row[:, self.layout.split :]
 
 
 @dataclass(eq=False)
@@ -146,15 +35,23 @@ class Pass:
     bank: Bank
     spans: list[tuple[int, int, int]]
     """(lane, first token, token after the last), in order; every lane at most once."""
-    batched: bool
     dropout: Mapping[int, tuple[float, torch.Generator]] = field(default_factory=dict)
     """Lane -> (rate, generator), where there is any."""
     _drawn: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     """Layer -> the generators' states before its masks were drawn."""
 
+    def adapts(self, layer: str) -> bool:
+        """Whether any of its lanes does."""
+        return any(layer in self.bank.lanes[lane].layers for lane, _, _ in self.spans)
+
     def lanes(self, layer: str) -> list[tuple[int, int, int]]:
         """The spans whose lanes adapt ``layer``."""
-        return [span for span in self.spans if layer in self.bank.layers[span[0]]]
+        return [span for span in self.spans if layer in self.bank.lanes[span[0]].layers]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Tokens of each span."""
+        return [end - start for _, start, end in self.spans]
 
     @cached_property
     def window(self) -> slice:
@@ -163,7 +60,7 @@ class Pass:
 
     @cached_property
     def longest(self) -> int:
-        return max(end - start for _, start, end in self.spans)
+        return max(self.sizes)
 
     @cached_property
     def places(self) -> torch.Tensor | None:
@@ -175,7 +72,7 @@ class Pass:
             torch.arange((lane - first) * longest, (lane - first) * longest + end - start)
             for lane, start, end in self.spans
         ]
-        return torch.cat(places).to(self.bank.values.device)
+        return torch.cat(places).to(self.bank.scale.device)
 
     def pad(self, states: torch.Tensor) -> torch.Tensor:
         """``[T, d]`` as ``[K, longest, d]``, K lanes of the window."""
@@ -230,7 +127,7 @@ class Adapters:
 
     def _linear(self, name: str, linear: nn.Linear, states: torch.Tensor) -> torch.Tensor:
         current = self.current
-        if current is None or not current.lanes(name):
+        if current is None or not current.adapts(name):
             return F.linear(states, linear.weight, linear.bias)
         states = states.to(linear.weight.dtype)
         out: torch.Tensor = _Adapted.apply(states, self.anchor, linear.weight, linear.bias, name, current)
@@ -254,34 +151,36 @@ class _Adapted(torch.autograd.Function):
         out = F.linear(inner, weight, bias)
         mask = current.drop(layer, inner)
         into = inner if mask is None else (inner * mask).to(inner.dtype)
-        hidden = (_add_batched if current.batched else _add)(current, layer, into, out)
+        hidden = (_add_batched if current.bank.padded else _add)(current, layer, into, out)
         ctx.layer, ctx.current = layer, current
-        ctx.save_for_backward(inner, hidden, weight)
+        ctx.save_for_backward(inner, weight, *hidden)
         return out.view(*states.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        inner, hidden, weight = ctx.saved_tensors
+        inner, weight, *hidden = ctx.saved_tensors
         shape, grad = grad.shape[:-1], grad.flatten(0, -2)
         total = grad @ weight if ctx.needs_input_grad[0] else None
         mask = ctx.current.drop(ctx.layer, inner)
         into = inner if mask is None else (inner * mask).to(inner.dtype)
-        back = _back_batched if ctx.current.batched else _back
+        back = _back_batched if ctx.current.bank.padded else _back
         back(ctx.current, ctx.layer, into, hidden, grad, total, mask)
         return (None if total is None else total.view(*shape, -1), None, None, None, None, None)
 
 
-def _add(current: Pass, layer: str, states: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Add the update to ``out`` ``[T, out]``; returns A x, ``[T, R]``."""
-    bank = current.bank
-    a, b = bank.weights[layer]
-    hidden = states.new_empty(len(states), bank.layout.rank)
-    for lane, start, end in current.lanes(layer):
-        rank = bank.ranks[lane]
-        own = hidden[start:end, :rank]
-        torch.mm(states[start:end], a[lane, :rank].t(), out=own)
-        out[start:end].addmm_(own, b[lane, :, :rank].t(), alpha=bank.scales[lane])
+def _add(current: Pass, layer: str, states: torch.Tensor, out: torch.Tensor) -> list[torch.Tensor | None]:
+    """Add the update to ``out`` ``[T, out]``; returns A x of each span whose lane adapts ``layer``."""
+    factors = current.bank.factors[layer]
+    hidden: list[torch.Tensor | None] = []
+    parts = states.split(current.sizes), out.split(current.sizes)
+    for (lane, _, _), x, y in zip(current.spans, *parts, strict=True):
+        if (own := factors.get(lane)) is None:
+            hidden.append(None)
+            continue
+        inner = torch.mm(x, own.a_t)
+        y.addmm_(inner, own.b_t, alpha=own.scale)
+        hidden.append(inner)
     return hidden
 
 
@@ -289,57 +188,66 @@ def _back(  # noqa: PLR0917
     current: Pass,
     layer: str,
     states: torch.Tensor,
-    hidden: torch.Tensor,
+    hidden: Iterable[torch.Tensor | None],
     grad: torch.Tensor,
     total: torch.Tensor | None,
     mask: torch.Tensor | None,
 ) -> None:
     """Add the gradients of A and B to the bank's and that of the input to ``total``."""
-    bank = current.bank
-    (a, b), (grad_a, grad_b) = bank.weights[layer], bank.gradients[layer]
-    for lane, start, end in current.lanes(layer):
-        rank, scale, own = bank.ranks[lane], bank.scales[lane], grad[start:end]
-        _accumulate(grad_b[lane, :, :rank], own.t(), hidden[start:end, :rank], scale)
-        inner = torch.mm(own, b[lane, :, :rank]).mul_(scale)
-        _accumulate(grad_a[lane, :rank], inner.t(), states[start:end])
-        if total is None:
+    factors, sizes = current.bank.factors[layer], current.sizes
+    parts = states.split(sizes), hidden, grad.split(sizes)
+    totals: Iterable[torch.Tensor | None] = repeat(None) if total is None else total.split(sizes)
+    masks: Iterable[torch.Tensor | None] = repeat(None) if mask is None else mask.split(sizes)
+    for (lane, _, _), x, h, g, t, m in zip(current.spans, *parts, totals, masks, strict=False):
+        if h is None:
             continue
-        if mask is None:
-            total[start:end].addmm_(inner, a[lane, :rank])
+        own = factors[lane]
+        assert own.grads is not None
+        inner = torch.mm(g, own.b)
+        _accumulate(own.grads[0], inner.t(), x, own.scale)
+        _accumulate(own.grads[1], g.t(), h, own.scale)
+        if t is None:
+            continue
+        if m is None:
+            t.addmm_(inner, own.a, alpha=own.scale)
         else:
-            total[start:end] += torch.mm(inner, a[lane, :rank]) * mask[start:end]
+            t.add_(torch.mm(inner, own.a) * m, alpha=own.scale)
 
 
-def _accumulate(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
+def _accumulate(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
     if into.dtype == left.dtype:
         into.addmm_(left, right, alpha=scale)
     else:
         into.add_(left @ right, alpha=scale)
 
 
-def _add_batched(current: Pass, layer: str, states: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def _add_batched(
+    current: Pass, layer: str, states: torch.Tensor, out: torch.Tensor
+) -> list[torch.Tensor | None]:
     """:func:`_add` over padded lanes; returns s A x, ``[K, longest, R]``."""
     window = current.window
-    a, b = (half[window] for half in current.bank.weights[layer])
+    a, b = (half[window] for half in current.bank.stacked[layer])
     hidden = torch.bmm(current.pad(states), a.mT).mul_(current.bank.scale[window])
     out += current.unpad(torch.bmm(hidden, b.mT))
-    return hidden
+    return [hidden]
 
 
 def _back_batched(  # noqa: PLR0917
     current: Pass,
     layer: str,
     states: torch.Tensor,
-    hidden: torch.Tensor,
+    hidden: Iterable[torch.Tensor | None],
     grad: torch.Tensor,
     total: torch.Tensor | None,
     mask: torch.Tensor | None,
 ) -> None:
     window = current.window
-    a, b = (half[window] for half in current.bank.weights[layer])
-    grad_a, grad_b = (half[window] for half in current.bank.gradients[layer])
+    a, b = (half[window] for half in current.bank.stacked[layer])
+    grad_a, grad_b = (half[window] for half in current.bank.stacked_grads[layer])
+    (scaled,) = hidden
+    assert scaled is not None
     padded = current.pad(grad)
-    grad_b += torch.bmm(padded.mT, hidden)
+    grad_b += torch.bmm(padded.mT, scaled)
     inner = torch.bmm(padded, b).mul_(current.bank.scale[window])
     grad_a += torch.bmm(inner.mT, current.pad(states))
     if total is not None:

@@ -16,7 +16,7 @@ from qwen_ray.training import lora, shards
 from qwen_ray.training.checkpoint import Write
 from qwen_ray.training.feed import Feed, Step
 from qwen_ray.training.optimizer import make_optimizer
-from qwen_ray.training.packed_layers import Bank
+from qwen_ray.training.packed_bank import Bank, Rows
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -90,7 +90,7 @@ class Slot:
 
     def place(self, bank: Bank, lane: int) -> None:
         """Take a lane of ``bank``, in which its state is, or zeros at first."""
-        counts = self._updates or [torch.zeros((), device=bank.values.device) for _ in "AB"]
+        counts = self._updates or [torch.zeros((), device=bank.values.whole.device) for _ in "AB"]
         self.bank, self.lane = bank, lane
         # By the names that tell the optimizer which half is which; [1, columns], for matrices decay.
         owner = nn.ModuleDict(
@@ -121,10 +121,10 @@ class Slot:
             group["lr"] = rate * group["lr_scale"]
         self.optimizer.step()
 
-    def views(self, rows: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def views(self, rows: Rows) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Its own A ``[r, in]`` and B ``[out, r]`` of each layer it adapts, in ``rows`` of the bank."""
         assert self.bank is not None
-        rank, layout = self.config.method.r, self.bank.layout
+        rank, layout = self.config.method.r, self.bank.layouts[self.lane]
         pairs = layout.views(rows[self.lane])
         return {name: (pairs[name][0][:rank], pairs[name][1][:, :rank]) for name in sorted(self.layers)}
 
@@ -187,7 +187,7 @@ class Slot:
         return names, optimizer
 
 
-def _rows(bank: Bank) -> list[torch.Tensor]:
+def _rows(bank: Bank) -> list[Rows]:
     """Everything of a bank that is kept of a trial."""
     return [bank.values, *bank.moments.values()]
 

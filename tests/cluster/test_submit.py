@@ -66,7 +66,8 @@ class User:
 def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == code, stderr[-3000:] + stdout[-500:]
-    # Ray prints tracebacks of its own into a job's log, behind the name of a process.
+    # What begins a line is of our own process, threads of Ray's in it included. Tracebacks of other processes
+    # are Ray's: it prints them into a job's log behind the name of a process.
     assert not re.search("^Traceback", stderr, re.MULTILINE)
     return stdout, stderr
 

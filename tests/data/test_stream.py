@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import random
+import sys
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,47 @@ def test_validation_files_leave_all_records_to_training(files: list[str]) -> Non
     train, validation = load_splits(config, seed=0)
     assert (len(train), len(validation)) == (101, 80)
     assert [r.id for r in train] == [r.id for r in load_splits(config, seed=1)[0]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_is_trained_on_does_not_validate(files: list[str], tmp_path: Path, streaming: bool) -> None:
+    both = tmp_path / "both.jsonl"
+    write_records(both, [record("Quoi?", "Rien.", id="é"), *records(60, "x")[:3]])
+
+    def split(train: list[str]) -> tuple[Any, list[Record]]:
+        return load_splits(DataConfig(train=train, validation=[str(both)], streaming=streaming), seed=0)
+
+    with pytest.raises(UserError, match=r"3 of the validation records are trained on, among them 'x-0'") as e:
+        split(files)
+    assert e.value.where == "data.validation"
+    assert len(split(files[1:])[1]) == 4
+
+
+def test_threads_read_their_own_records(files: list[str]) -> None:
+    """Runs that share the files, as a pack's trials do, each draw ahead in a thread."""
+    shared = RecordFiles(files, seed=0, held_fraction=0.0)
+    ids = [shared.read(n).id for n in range(len(shared))]
+    wrong: list[str] = []
+
+    def draw(seed: int) -> None:
+        for n in random.Random(seed).choices(range(len(ids)), k=3000):
+            try:
+                if (found := shared.read(n).id) != ids[n]:
+                    wrong.append(f"{found}, not {ids[n]}")
+            except UserError as e:  # half a line
+                wrong.append(e.what)
+
+    threads = [threading.Thread(target=draw, args=(seed,)) for seed in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -54,6 +55,18 @@ def test_qwens_kind_of_template(tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML
     assert _supervised(tokenizer, record("What is 2 + 3?", "5")) == "5<|im_end|>"
     assert _supervised(tokenizer, TWO_TURNS) == "2<|im_end|>It is 4.<|im_end|>"
+
+
+def test_an_answer_to_nothing_is_not_learnt(tokenizer: Any) -> None:
+    """Nor is the system prompt that a template puts before it."""
+    greeting = Message("assistant", "Hello, how can I help?")
+    greeted = dataclasses.replace(TWO_TURNS, messages=(greeting, *TWO_TURNS.messages[1:]))
+    assert _supervised(tokenizer, greeted) == " 2<|endoftext|> It is 4.<|endoftext|>"
+    tokenizer.chat_template = CHATML
+    assert _supervised(tokenizer, greeted) == "2<|im_end|>It is 4.<|im_end|>"
+    alone = dataclasses.replace(TWO_TURNS, id="alone", messages=(greeting,))
+    examples, report = tokenise([alone, TWO_TURNS], tokenizer, 512)
+    assert ([e.id for e in examples], report.dropped) == (["two"], ["alone"])
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:

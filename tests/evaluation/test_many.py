@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from qwen_ray.evaluation.journal import Journal
 from qwen_ray.evaluation.many import JOURNAL, evaluate_many, result_file
 from qwen_ray.evaluation.run import evaluate_endpoint
 from qwen_ray.registry import PRODUCTION, Registry
+from qwen_ray.serving import catalog
 from qwen_ray.serving.app import create_app
 from qwen_ray.serving.assistant import Route
 from qwen_ray.serving.client import KEY_VARIABLE
@@ -81,10 +83,18 @@ class Watched:
         return self.service.stream(method, body)
 
 
+class RoutedAssistant(FixedAssistant):
+    """With the facts of a router as a real one has them."""
+
+    async def describe(self) -> dict[str, Any]:
+        domains = [{"name": route.domain, "adapter": route.adapter} for route in self.routes.values()]
+        return await super().describe() | {"router": {"domains": domains}}
+
+
 @pytest.fixture(scope="module")
 def service(model_dir: Path, registry: Registry) -> Iterator[Service]:
     routes = {"3 plus": Route("geo", 0.8, "rivers"), "4 plus": Route("law", 0.7, "law")}
-    assistant = FixedAssistant(routes, {"rivers": [passage("3 plus 4 is 7.")]})
+    assistant = RoutedAssistant(routes, {"rivers": [passage("3 plus 4 is 7.")]})
     service = Service.load(str(model_dir), registry=registry.root, assistant=assistant)
     yield service
     service.stop()
@@ -166,6 +176,13 @@ def small_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(many_backend, "PROMPTS_PER_REQUEST", 2)
 
 
+@pytest.fixture
+def seen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server remembers of the registry neither what is not there nor which canary runs."""
+    for kept in ("_MISSES", "CANARY_SECONDS"):
+        monkeypatch.setattr(catalog, kept, 0)
+
+
 def essence(result: dict[str, Any]) -> dict[str, Any]:
     """All of a result but when it was made and by whom it was answered."""
     return {key: value for key, value in result.items() if key not in ("created_at", "served")}
@@ -232,6 +249,49 @@ def test_a_benchmark_that_was_killed_goes_on(url: str, suite: str, watched: Watc
     assert not watched.answered
 
 
+@pytest.mark.usefixtures("seen_at_once")
+def test_what_the_router_chose_before_a_promotion_is_asked_anew(
+    url: str, suite: str, watched: Watched, registry: Registry, tmp_path: Path
+) -> None:
+    """The sentence that is asked first goes to no adapter."""
+    ids = ["rand", "rand:auto", "rand:auto+rag"]
+
+    def run() -> dict[str, int]:
+        watched.answered = []
+        _, *routed = evaluate_many(url, ids, suite, out=tmp_path)["models"]
+        assert routed[0]["adapters"] == routed[1]["adapters"]
+        return dict(routed[0]["adapters"])
+
+    try:
+        first = run()
+        registry.point("geo", PRODUCTION, 2, reason="test")
+        moved = run()
+        assert Counter(model for model, _ in watched.answered) == dict.fromkeys(ids[1:], 2 * LIMIT)
+        assert moved == {"base": first["base"], "geo@2": first["geo@1"], "law@1": first["law@1"]}
+        registry.unpoint("geo", PRODUCTION, reason="test")
+        assert run() == {"base": first["base"] + first["geo@1"], "law@1": first["law@1"]}
+        registry.point("geo", PRODUCTION, 2, reason="test")
+        assert run() == moved
+    finally:
+        registry.point("geo", PRODUCTION, 1, reason="test")
+
+
+@pytest.mark.usefixtures("seen_at_once")
+def test_a_canary_that_the_router_may_choose_is_refused_at_once(
+    url: str, suite: str, watched: Watched, registry: Registry, tmp_path: Path
+) -> None:
+    registry.start_canary("geo", 2, 0.5, reason="test")
+    try:
+        with pytest.raises(UserError, match="while a canary answers a part of what goes to 'geo'") as e:
+            evaluate_many(url, ["rand", "rand:auto"], suite, out=tmp_path)
+        assert "'rand:geo@2' is the canary alone" in e.value.fix
+        assert not watched.answered
+        evaluate_many(url, ["rand", "rand:geo"], suite, out=tmp_path, limit=1)
+    finally:
+        registry.stop_canary("geo", reason="test")
+    evaluate_many(url, ["rand", "rand:auto"], suite, out=tmp_path, limit=1)
+
+
 @pytest.mark.usefixtures("small_requests")
 def test_a_version_that_moves_is_refused_and_asked_anew(
     url: str,
@@ -275,6 +335,20 @@ def test_another_version_of_a_knowledge_base_is_asked_anew(
     assert {model for model, _ in watched.answered} == {"rand+rag"}
     assert len(watched.answered) == 2 * LIMIT
     assert table["models"][1]["knowledge_bases"] == {"rivers": "4"}
+
+
+def test_prompts_that_lose_their_start_are_counted(
+    url: str, suite: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "suite"
+    shutil.copytree(suite, folder)
+    task = yaml.safe_load((folder / "written.yaml").read_text())
+    task["doc_to_text"] = "{{'Z ' * (256 if question[0] == '3' else 3)}}{{question}}"
+    (folder / "written.yaml").write_text(yaml.safe_dump(task))
+    for _ in range(2):  # the second time from the journal
+        table = evaluate_many(url, ["rand", "rand:geo"], str(folder), out=tmp_path / "out")
+        assert [model["truncated"] for model in table["models"]] == [3, 3]
+    assert "3 prompts left no room for 4 new tokens in the 256 of rand:geo" in caplog.text
 
 
 def test_a_key_is_needed(url: str, suite: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

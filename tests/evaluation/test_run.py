@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi import FastAPI
+from starlette.responses import Response
 
 from qwen_ray import models
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation import suites
 from qwen_ray.evaluation.harness import read_result
-from qwen_ray.evaluation.run import evaluate_local
+from qwen_ray.evaluation.run import evaluate_endpoint, evaluate_local
 from qwen_ray.evaluation.statistics import wilson
+from tests.serving.live import served
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,29 @@ def test_unknown_suite_and_folder(tmp_path: Path) -> None:
         evaluate_local("tiny", None, "guide", out=tmp_path / "r.json", data_dir=tmp_path / "missing")
     with pytest.raises(UserError, match="not a PEFT adapter folder"):
         evaluate_local("tiny", tmp_path, "tiny", out=tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        {"/v1/models": "<html>Welcome</html>"},
+        {"/v1/models": '{"message": "Welcome"}'},
+        {"/v1/models": "[1]"},
+        {"/v1/models": '{"data": [{"id": "tiny"}]}', "/tokenizer_info": '{"eos_token": "x"}'},
+        {"/v1/models": '{"data": [{"id": "tiny"}]}', "/tokenizer_info": "[]"},
+    ],
+)
+def test_a_server_that_is_not_ours_is_named(pages: dict[str, str], tmp_path: Path) -> None:
+    app = FastAPI()
+
+    @app.get("/{path:path}")
+    def page(path: str) -> Response:
+        return Response(pages[f"/{path}"], media_type="text/html")
+
+    with served(app) as url:
+        with pytest.raises(UserError, match="not a qwen-ray server") as e:
+            evaluate_endpoint(url, "tiny", "tiny", out=tmp_path / "r.json")
+        assert e.value.where.startswith(url)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:

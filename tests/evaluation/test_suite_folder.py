@@ -12,12 +12,14 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from qwen_ray import models
 from qwen_ray.data.heldout.build import build_heldout
 from qwen_ray.data.records import write_records
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation import suites
 from qwen_ray.evaluation.compare import compare
 from qwen_ray.evaluation.run import evaluate_local
+from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.tiny import MODEL_DIR
 from tests.data.quiz import quiz
 
@@ -116,6 +118,74 @@ def test_a_faulty_definition_is_named(
     with pytest.raises(UserError, match=what) as e:
         suites.load(str(tmp_path))
     assert str(tmp_path / "suite.yaml") in e.value.where
+
+
+def sums(folder: Path, **category: str) -> str:
+    """A suite of one task, whose written answers are scored by two filters."""
+    folder.mkdir()
+    rows = [{"id": f"q{i}", "question": f"What is {i} + 3?", "answer": str(i + 3)} for i in range(4)]
+    (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    filters = {"strict": r"#### (\d+)", "flexible": r"(\d+)"}
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "items.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "answer",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 2},
+        "filter_list": [
+            {
+                "name": name,
+                "filter": [{"function": "regex", "regex_pattern": pattern}, {"function": "take_first"}],
+            }
+            for name, pattern in filters.items()
+        ],
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (folder / "sums.yaml").write_text(yaml.safe_dump(task))
+    spec = {
+        "version": "1",
+        "description": "Sums.",
+        "categories": {
+            "sums": {"role": "strength", "tasks": ["sums"], "metric": "exact_match", **category},
+        },
+    }
+    (folder / "suite.yaml").write_text(yaml.safe_dump(spec))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def engine() -> TorchEngine:
+    return TorchEngine.load(models.resolve("tiny"))
+
+
+def test_an_item_counts_once_whatever_filters_its_task_has(engine: TorchEngine, tmp_path: Path) -> None:
+    suite = sums(tmp_path / "named", filter="flexible")
+    result = evaluate_local("tiny", None, suite, out=tmp_path / "r.json", engine=engine)
+    assert result["categories"]["sums"]["n"] == len({item["id"] for item in result["items"]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("category", "says"),
+    [
+        ({}, r"sums: 'sums' scores .* by 2 filters, .*: strict, flexible"),
+        ({"filter": "flexibel"}, r"sums\.filter: .* no filter 'flexibel'.* 'flexible'\?"),
+        ({"filter": "strict", "metric": "exact_mach"}, r"sums\.metric: .* 'exact_mach'.* 'exact_match'\?"),
+    ],
+)
+def test_a_score_that_cannot_be_is_refused_before_the_benchmark(
+    engine: TorchEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    category: dict[str, str],
+    says: str,
+) -> None:
+    monkeypatch.setattr(engine, "generate", None)  # nothing is asked
+    suite = sums(tmp_path / "suite", **category)
+    with pytest.raises(UserError, match="(?s)" + says):
+        evaluate_local("tiny", None, suite, out=tmp_path / "r.json", engine=engine)
 
 
 def test_what_is_not_yaml_is_named(tmp_path: Path) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+from ray._private.runtime_env import packaging
 
 from qwen_ray import __version__
 from qwen_ray.errors import UserError
 from qwen_ray.jobs import secrets
-from qwen_ray.jobs.entry import keep_files, main, resumed
+from qwen_ray.jobs.entry import keep_files, main, resumed, unpacked
+from qwen_ray.jobs.package import own_package
 from qwen_ray.jobs.request import Request
 from qwen_ray.jobs.submit import entry_point
 
@@ -34,6 +39,37 @@ def test_files_are_kept_beside_the_output_under_the_same_path(
         assert Path("data.jsonl").read_text() == str(number)
         assert sorted(p.name for p in Path.cwd().iterdir()) == ["data.jsonl", f"only-{number}"]
     assert not out.exists()
+
+
+def test_files_that_another_node_of_the_machine_unpacks_anew_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray removes the folder and fills it again, under a lock of its own."""
+    uri = own_package().uri
+    sent = packaging.get_local_dir_from_uri(uri, str(tmp_path))
+    sent.mkdir()
+    monkeypatch.chdir(sent)
+    found: list[str] = []
+
+    def look() -> None:
+        with unpacked() as here:
+            assert here == Path.cwd() == sent
+            found.extend(sorted(p.name for p in here.iterdir()))
+
+    with FileLock(f"{packaging._get_local_path(str(tmp_path), uri)}.lock"):
+        shutil.rmtree(sent)
+        looking = threading.Thread(target=look)
+        looking.start()
+        sent.mkdir()
+        (sent / "one").write_text("")
+        looking.join(0.5)
+        (sent / "two").write_text("")
+    looking.join()
+    assert found == ["one", "two"]
+
+    shutil.rmtree(sent)
+    with pytest.raises(UserError, match="the job's files are not there any more"), unpacked():
+        pass
 
 
 def test_storage_that_the_node_does_not_have_is_named(tmp_path: Path) -> None:

@@ -71,10 +71,12 @@ def test_a_benchmark_of_a_model_computes_in_the_entry_point_one_of_a_server_does
         (["train", "--data", "data.jsonl", "--set", "cluster.address=h:6379"], "cluster.address"),
         (["train", "--data", "data.jsonl", "--dry-run"], "--dry-run"),
         (["sweep", "nowhere.yaml"], "nowhere.yaml"),
+        (["sweep", "sweep.yaml", "--registry", "registry"], "--registry"),
         (["eval", "--model", "m", "--suite", "tiny", "--out", "/r", "--api-key", "k"], "--api-key"),
     ],
 )
 def test_what_a_job_could_not_do_is_refused(here: Path, argv: list[str], where: str) -> None:
+    (here / "sweep.yaml").write_text(SWEEP)
     with pytest.raises(UserError) as raised:
         request(*argv)
     assert where in str(raised.value)
@@ -84,7 +86,8 @@ PIPELINE = """
 name: facts
 work: WORK
 registry: /mnt/registry
-data: {bio: {sources: {file: ["new/*.jsonl", /mnt/more.jsonl]}}}
+data: {bio: {sources: {file: ["new/*.jsonl", /mnt/more.jsonl]}, benchmarks: bench, heldout: [held]}}
+knowledge: {root: /mnt/kb, bases: {book: {html: book, embedded: facts}}}
 train: {model: {name: tiny}, cluster: {workers: 2, gpus_per_worker: 1}}
 benchmark: {suites: [tiny]}
 """
@@ -94,15 +97,16 @@ def test_a_pipeline_reads_and_writes_what_its_file_says_and_may_run_again(here: 
     (here / "pipeline.yaml").write_text(PIPELINE.replace("WORK", "/mnt/work"))
     found = request("pipeline", "run", "pipeline.yaml")
     assert found.out == "/mnt/work"
-    assert found.inputs == ("pipeline.yaml", "new", "/mnt/more.jsonl")
+    assert found.inputs == ("pipeline.yaml", "bench", "held", "new", "/mnt/more.jsonl", "book")
     assert found.room == (Room(2, 1, 1, "cluster.workers"),)
     assert found.again
     check_out(found)
     (here / "pipeline.yaml").write_text(PIPELINE.replace("WORK", "runs/work"))
     with pytest.raises(UserError, match=r"pipeline\.yaml: work"):
         check_out(request("pipeline", "run", "pipeline.yaml"))
-    with pytest.raises(UserError, match="registry"):
-        request("pipeline", "run", "pipeline.yaml", "--set", "registry=here")
+    for key in ("registry", "state", "knowledge.root"):
+        with pytest.raises(UserError, match=rf"pipeline\.yaml: {key}"):
+            request("pipeline", "run", "pipeline.yaml", "--set", f"{key}=here")
     with pytest.raises(UserError, match="only `pipeline run`"):
         request("pipeline", "status", "pipeline.yaml")
 

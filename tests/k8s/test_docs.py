@@ -40,7 +40,7 @@ def test_paths_and_parts_exist() -> None:
     }
     named = set(re.findall(r"app\.kubernetes\.io/component=([\w-]+)", TEXT))
     assert named <= parts
-    assert parts - named == {"redis", "serve", "benchmark"}  # named otherwise
+    assert parts - named == {"redis", "benchmark"}  # named otherwise
     for overlay in OVERLAYS:
         assert f"`{overlay}`" in TEXT, overlay
 

@@ -3,6 +3,7 @@ is meant to be."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from tests.conftest import ROOT
 from tests.k8s.rendered import OVERLAYS, all_pods, cluster_spec, objects, of_kind, pods, ray_objects
 
-COUNTS = {"dev-cpu": 32, "gpu": 35, "multi-node-gpu": 35, "kueue": 39, "volcano": 36}
+COUNTS = {"dev-cpu": 31, "gpu": 34, "multi-node-gpu": 34, "kueue": 38, "volcano": 35}
 GPU = [name for name in OVERLAYS if name != "dev-cpu"]
 CLUSTER_SCOPED = {
     "Namespace",
@@ -208,6 +209,16 @@ def test_gpu_run_asks_for_what_its_configuration_uses(overlay: str, nodes: int, 
     assert config == expected
 
 
+def test_a_run_can_choose_whole_nodes_of_the_shared_cluster_by_a_label() -> None:
+    """The autoscaler starts what a label asks for only where the group has it in its spec."""
+    groups = cluster_spec(objects("multi-node-gpu")["RayCluster", "shared"])["workerGroupSpecs"]
+    found = {group["labels"]["group"]: gpus(group["template"]) for group in groups}
+    assert found == {"workers": 1, "nodes": 8}
+    _, _, docs = (ROOT / "docs/deploy.md").read_text(encoding="utf-8").partition("## Kubernetes")
+    (chosen,) = re.findall(r"cluster\.labels\.group=(\w+)", docs)
+    assert chosen in found
+
+
 def test_queues_hold_jobs_only() -> None:
     for overlay, label, queue in (
         ("kueue", "kueue.x-k8s.io/queue-name", ("LocalQueue", "qwen-ray")),
@@ -228,26 +239,3 @@ def test_queues_hold_jobs_only() -> None:
         for name in container["resources"]["requests"]
     }
     assert asked <= set(quota["coveredResources"]), "Kueue never admits what no flavour covers"
-
-
-def test_alerts_are_on_metrics_that_exist() -> None:
-    from qwen_ray.serving.metrics import Metrics
-    from qwen_ray.serving.usage import Usage
-
-    metrics = Metrics()
-    metrics.finished("/v1/chat/completions", 500, 1.0, [Usage("facts@1", 3, 4)])
-    metrics.rejected("engine")
-    text = metrics.text().decode()
-    rules = objects("gpu")["PrometheusRule", "endpoint"]["spec"]["groups"][0]["rules"]
-    assert len(rules) == 5
-    for rule in rules:
-        words = {word for word in _words(rule["expr"]) if word.startswith("qwen_ray_")}
-        assert words
-        for word in words:
-            assert f"\n{word}" in text, f"{rule['alert']}: there is no {word}"
-    assert 'route="/v1/chat/completions"' in text
-    assert any('route="/v1/chat/completions"' in rule["expr"] for rule in rules)
-
-
-def _words(expression: str) -> list[str]:
-    return "".join(c if c.isalnum() or c == "_" else " " for c in expression).split()

@@ -33,17 +33,6 @@ def run(*arguments: str) -> tuple[int, str]:
     return args.verb(args, Output(out, as_json=args.json)), out.getvalue()
 
 
-def kubectl() -> bool:
-    try:
-        tools.tool("kubectl")
-    except UserError:
-        return False
-    return True
-
-
-needs_kubectl = pytest.mark.skipif(not kubectl(), reason="kubectl is not installed (extra manifests)")
-
-
 def test_sound_objects_exit_0_and_name_the_secrets_to_make(tmp_path):
     code, text = run(write(tmp_path / "set.yaml", sound.objects()))
 
@@ -182,7 +171,6 @@ def test_an_empty_kustomization_is_bad_input(text, tmp_path):
     assert e.value.where == file
 
 
-@needs_kubectl
 def test_a_kustomization_is_rendered_and_its_parts_are_not_read_by_themselves(tmp_path):
     base, overlay = tmp_path / "base", tmp_path / "overlays" / "one"
     overlay.mkdir(parents=True)
@@ -199,7 +187,6 @@ def test_a_kustomization_is_rendered_and_its_parts_are_not_read_by_themselves(tm
     assert [(fault.rule, fault.field) for fault in report.faults] == [("wrong-type", "spec.nodeLabels.gpu")]
 
 
-@needs_kubectl
 def test_a_warning_of_kustomize_is_a_fault_and_an_error_bad_input(tmp_path):
     write(tmp_path / "flavor.yaml", QUEUE)
     write(tmp_path / "kustomization.yaml", "resources: [flavor.yaml]\ncommonLabels: {a: b}\n")

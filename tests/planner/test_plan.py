@@ -143,6 +143,14 @@ def test_cost_follows_price_tokens_and_epochs() -> None:
     assert steps.tokens == 10 * 32 * 4096
 
 
+def test_what_costs_nothing_is_still_to_be_fast() -> None:
+    config = _config("1.5b", data={"max_length": 2048})
+    dear, free = (plan(config, hardware("l4-24gb", gpus_per_node=8, price=p), 1e6) for p in (2.0, 0.0))
+    assert free.best is not None
+    assert dear.best is not None
+    assert free.best.config == dear.best.config
+
+
 def test_slow_network_favours_fewer_bytes() -> None:
     fast = hardware("h100-80gb", gpus_per_node=8, nodes=2)
     slow = hardware("h100-80gb", gpus_per_node=8, nodes=2, network=64)

@@ -12,6 +12,7 @@ from qwen_ray.planner.hardware import GPUS
 from qwen_ray.planner.layouts import USABLE
 from qwen_ray.planner.shapes import shape_of
 from qwen_ray.planner.shipped import MACHINES, METHODS, MODELS, files
+from qwen_ray.planner.speed import HOST_CPUS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -45,6 +46,8 @@ def test_a_configuration_loads_and_fits(path: Path) -> None:
     assert config.data.packing
     optim = config.optim
     assert optim.batch_size * optim.gradient_accumulation * gpus * nodes == max(32, 4 * gpus * nodes)
+    offloads = config.strategy.offload_optimizer != "none"
+    assert config.cluster.cpus_per_worker == (HOST_CPUS if offloads else 1)
     shape = shape_of(model)
     need = memory.predict(
         shape, programs.ours(config, shape, gpus * nodes), optim.batch_size * config.data.max_length

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import lancedb
 import pytest
 
 from qwen_ray.embedder import Embedder
@@ -108,6 +109,25 @@ def test_rollback_and_the_update_after_it(
     with pytest.raises(UserError, match="no version 9") as e:
         store.rollback("nature", 9)
     assert "1, 2, 3" in e.value.fix
+
+
+def test_a_knowledge_base_that_is_older_than_a_week_still_changes(
+    built: KnowledgeBases, store: Store, notes: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LanceDB removes old states when it merges files, by default those of a week ago: here, all of them."""
+    asked = lancedb.table._optimize_cleanup_since_ms
+    monkeypatch.setattr(
+        lancedb.table,
+        "_optimize_cleanup_since_ms",
+        lambda age, retrain: 0 if age is None else asked(age, retrain),
+    )
+    (notes / "glaciers.txt").write_text("Jostedalsbreen is a glacier.")
+    assert kb.update(store, "nature", embedder).version == 2
+    assert kb.build(store, "nature", [Origin("text", str(notes / "birds"))], embedder).version == 3
+    for version, first in ((1, "Aletsch"), (2, "Jostedals"), (3, "Swifts")):
+        store.rollback("nature", version)
+        ((passage,),) = built.search("nature", [GLACIER], embedder.embed([GLACIER]), 1)
+        assert passage.text.startswith(first)
 
 
 def test_a_build_again_is_the_next_version_with_all_embedded(
@@ -223,6 +243,30 @@ def test_storage_that_is_gone_for_a_while_leaves_what_is_open(
     root.unlink()
     away.rename(root)
     assert texts(built, "nature", SLEEP) == before
+
+
+@pytest.mark.parametrize("said", ["no such bucket s3://secret/prefix\nat line 7", ""])
+def test_what_the_storage_says_is_not_for_clients(store: Store, said: str) -> None:
+    with pytest.raises(UserError) as e, store.reading():
+        raise OSError(said)
+    assert e.value.status == 503
+    assert e.value.what == "the knowledge bases cannot be read"
+    assert store.root not in e.value.fix
+    assert e.value.where == f"{store.root} ({said.partition(chr(10))[0] or 'OSError'})"
+
+
+def test_the_reason_of_a_failed_search_is_logged(
+    built: KnowledgeBases, store: Store, texts: Texts, caplog: pytest.LogCaptureFixture
+) -> None:
+    built.names()  # opened, but none of its rows are read yet
+    built._refresh_s = 60
+    for file in Path(store.root).rglob("*.lance"):
+        if file.is_file():
+            file.unlink()
+    with pytest.raises(UserError, match="cannot be read") as e:
+        texts(built, "nature", SLEEP)
+    assert e.value.status == 503
+    assert store.root in caplog.text
 
 
 def test_questions_of_any_shape(built: KnowledgeBases, texts: Texts) -> None:

@@ -47,6 +47,16 @@ def test_unknown_adapter_version_and_alias_are_404(engine: TorchEngine, registry
     assert store.resident == []
 
 
+def test_only_a_number_always_means_one_version(registry: Registry, tmp_path: Path) -> None:
+    """Not every digit makes a number: an alias may be asked for that looks like one, and it may move."""
+    own = Registry(shutil.copytree(registry.root, tmp_path / "registry"))
+    own.change("geo", lambda change: change.point("²", 1, reason="test", by=None))
+    looked_up = catalog.Catalog(registry=own)
+    assert looked_up.look_up("geo", "1").fixed
+    assert not looked_up.look_up("geo", "²").fixed
+    assert not looked_up.look_up("geo", None).fixed
+
+
 def settle(store: AdapterStore, engine: TorchEngine, *names: str) -> None:
     """Wait until just these are loaded; dropping is not waited for by those who use adapters."""
     deadline = time.monotonic() + 20
@@ -107,6 +117,39 @@ def test_engine_with_places_for_so_many(engine: TorchEngine, adapter_dirs: dict[
     for name in ("geo", "law", "geo", "bio"):
         use(store, name)
     settle(store, engine, "bio", "geo")
+
+
+def test_loads_that_wait_for_a_place_do_not_keep_it_from_becoming_free(
+    engine: TorchEngine, adapter_dirs: dict[str, Path]
+) -> None:
+    """As vLLM's engine does it: who comes waits until what is dropped has left."""
+    left, add, remove = threading.Condition(), engine.add_adapter, engine.remove_adapter
+
+    def waits(key: str, weights: Any) -> int:
+        with left:
+            assert left.wait_for(lambda: len(engine.lora.keys) < 1, 20), "nothing was dropped"
+            return add(key, weights)
+
+    def leaves(key: str) -> None:
+        with left:
+            remove(key)
+            left.notify_all()
+
+    engine.max_adapters = 1  # type: ignore[attr-defined]
+    engine.add_adapter, engine.remove_adapter = waits, leaves  # type: ignore[method-assign,assignment]
+    folders = {f"a{i}": adapter_dirs["geo"] for i in range(5)}
+    store = AdapterStore(engine, folders=folders, on_model=lambda change: change())
+
+    async def ask(name: str, seconds: float) -> None:
+        async with store.use(parse(f"rand:{name}")):
+            await asyncio.sleep(seconds)
+
+    async def all_at_once() -> None:
+        first = asyncio.create_task(ask("a0", 0.3))
+        await asyncio.sleep(0.1)
+        await asyncio.gather(first, *(ask(f"a{i}", 0) for i in range(1, 5)))
+
+    asyncio.run(all_at_once())
 
 
 def test_adapter_larger_than_the_limit_is_refused_unread(
@@ -189,6 +232,13 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         "one of its two",
     ),
     "nan": (_weights(lambda t: t | {(k := _first(t, "lora_A")): t[k] * float("nan")}), "NaN"),
+    "scaled to nan": (_config(lora_alpha=float("nan")), "NaN"),
+    "scaled to infinity": (_config(lora_alpha=float("inf")), "NaN"),
+    "scaled beyond float32": (_config(lora_alpha=1e41), "NaN"),
+    "ranks are no object": (_config(rank_pattern="q_proj"), "not a valid adapter_config.json"),
+    "bad pattern": (_config(alpha_pattern={"(": 4}), "not a valid adapter_config.json"),
+    "alpha is text": (_config(alpha_pattern={"q_proj": "4"}), "not a valid adapter_config.json"),
+    "lineage": (lambda f: (f / "lineage.json").write_text('{"base": "x"}') and None, "not a valid lineage"),
     "embedding": (
         _weights(lambda t: t | {"base_model.model.x.lora_embedding_A": torch.ones(2, 2)}),
         "not a LoRA matrix",
@@ -457,6 +507,38 @@ def test_listing_reads_what_is_decided_on_a_name_once(
     monkeypatch.setattr(Registry, "state", counted)
     AdapterStore(engine, registry=registry).available()
     assert read == ["bio", "geo", "law"]
+
+
+def test_an_unknown_name_costs_little_and_is_not_looked_for_again_at_once(
+    engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    history = Registry.history
+
+    def counted(self: Registry, name: str) -> Any:
+        asked.append(name)
+        return history(self, name)
+
+    monkeypatch.setattr(Registry, "history", counted)
+    store = AdapterStore(engine, registry=registry)
+    listed = store.available()
+    asked.clear()
+    for _ in range(3):
+        with pytest.raises(UserError, match="unknown adapter 'geos'") as e:
+            use(store, "geos")
+        assert (e.value.status, e.value.fix) == (404, "did you mean 'geo'?")
+    assert asked == ["geos"]
+    with pytest.raises(UserError) as e:
+        use(store, "zzz")
+    assert not any(name in str(e.value) for name, _ in listed)
+    for i in range(catalog._MISSES + 5):
+        store._catalog._miss(f"x{i}", None, e.value)
+    assert len(store._catalog._misses) == catalog._MISSES
+    monkeypatch.setattr(catalog, "MISS_SECONDS", 0.0)
+    asked.clear()
+    with pytest.raises(UserError):
+        use(store, f"x{catalog._MISSES}")
+    assert asked == [f"x{catalog._MISSES}"]
 
 
 def test_registry_that_goes_during_a_load(engine: TorchEngine, registry: Registry, tmp_path: Path) -> None:

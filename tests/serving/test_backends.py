@@ -19,12 +19,12 @@ from qwen_ray.serving.backends import EndpointBackend, chunks
 class Server(ThreadingHTTPServer):
     """Answers like ours; ``failures`` are statuses (0: hang up) given first to requests for scores.
 
-    It takes ``most`` items a request and ``room`` requests at once. When full it asks for ``rest`` seconds;
-    ``early`` counts the requests that came before they were over.
+    It takes ``most`` items and ``places`` models a request, and ``room`` requests at once. When full it
+    asks for ``rest`` seconds; ``early`` counts the requests that came before they were over.
     """
 
     failures: list[int]
-    most = room = 1000
+    most = places = room = 1000
     rest = 0.0
     work = rests_until = 0.0
     early = 0
@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.early += time.monotonic() < self.server.rests_until
             if self.server.running > self.server.room:
                 status = 429
-        if len(body["items"]) > self.server.most:
+        if len(body["items"]) > self.server.most or len(body.get("models", ())) > self.server.places:
             status = 413
         if status == 429:
             self.server.rests_until = time.monotonic() + self.server.rest
@@ -75,7 +75,9 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(self.server.work)
             lengths = [[len(c) for c in item["continuations"]] for item in body["items"]]
             scores = [{"logprobs": [-float(n) for n in row], "greedy": [True] * len(row)} for row in lengths]
-            self._reply(200, {"items": [score | {"truncated": False} for score in scores]})
+            answer = {"items": [score | {"truncated": False} for score in scores]}
+            several = {"models": dict.fromkeys(body.get("models", ()), answer)}
+            self._reply(200, several if "models" in body else answer)
         with self.server.lock:
             self.server.running -= 1
 
@@ -170,6 +172,12 @@ def test_a_request_that_is_too_much_goes_in_parts(server: Server) -> None:
     server.most = 0
     with pytest.raises(UserError, match="status 413"):
         score(backend(server, concurrency=1))
+
+
+def test_models_that_a_server_does_not_hold_at_one_time_go_in_parts(server: Server) -> None:
+    server.places = 2
+    answers = backend(server).score_each(["a", "b", "c", "d", "e"], [([1], [[2], [3, 4]])])
+    assert [answer["items"][0]["logprobs"] for answer in answers] == [[-1.0, -2.0]] * 5
 
 
 def test_a_key_that_is_refused_says_how_to_give_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

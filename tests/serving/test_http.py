@@ -288,6 +288,7 @@ def test_what_openai_clients_send_without_meaning_is_accepted(http: TestClient) 
     [
         {"messages": []},
         {"messages": [{"role": "user"}, {"content": "x"}]},
+        {"messages": [{"role": "users", "content": "x"}]},
         {"top_logprobs": 2},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         {"tools": [{"type": "function"}]},
@@ -298,6 +299,48 @@ def test_what_openai_clients_send_without_meaning_is_accepted(http: TestClient) 
 def test_bad_chat_requests_are_400(http: TestClient, body: dict[str, Any]) -> None:
     talk = {"model": "rand", "messages": [{"role": "user", "content": "hi"}]}
     refused(http, "/v1/chat/completions", talk | body, 400)
+
+
+def test_a_developers_message_is_the_systems(http: TestClient, service: Service) -> None:
+    """Templates such as Qwen's pass over roles that they do not know."""
+    tokenizer = service.engine.tokenizer
+    before = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}Rules: {{ m.content }}\n"
+        "{% elif m.role == 'user' %}Question: {{ m.content }}\n{% endif %}{% endfor %}Answer:"
+    )
+    try:
+        used = []
+        for role in ("system", "developer"):
+            messages = [{"role": role, "content": "be short"}, {"role": "user", "content": "hi"}]
+            body = {"model": "rand", "messages": messages, "temperature": 0, "max_tokens": 3}
+            reply = http.post("/v1/chat/completions", json=body).json()
+            used.append((reply["choices"][0]["message"]["content"], reply["usage"]["prompt_tokens"]))
+    finally:
+        tokenizer.chat_template = before
+    assert used[0] == used[1]
+    assert used[0][1] == len(tokenizer.encode("Rules: be short\nQuestion: hi\nAnswer:"))
+
+
+def test_echo_with_logprobs_keeps_to_stop_and_to_n(http: TestClient) -> None:
+    prompt = "The quick brown"
+    (choice,) = complete(http, prompt=prompt, max_tokens=1)["choices"]
+    assert choice["text"]
+    asked = {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 1, "stop": [choice["text"]]}
+    (stopped,) = complete(http, **asked)["choices"]
+    assert (stopped["text"], stopped["finish_reason"]) == (prompt, "stop")
+    echoed = complete(http, prompt=[prompt, "fox"], max_tokens=0, echo=True, n=2)["choices"]
+    assert [(c["index"], c["text"]) for c in echoed] == [(0, prompt), (1, prompt), (2, "fox"), (3, "fox")]
+
+
+def test_one_model_is_told_by_its_id(http: TestClient) -> None:
+    for model in ("rand", "rand:geo", "rand:geo@2"):
+        listed = [entry for entry in http.get("/v1/models").json()["data"] if entry["id"] == model]
+        assert [http.get(f"/v1/models/{model}").json()] == listed
+    for unknown in ("rand:geo@7", "other", "a/b", "x" * 300):
+        reply = http.get(f"/v1/models/{unknown}")
+        assert reply.status_code == (404 if len(unknown) < 300 else 400), reply.text
+        assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
 @pytest.mark.parametrize(
@@ -362,7 +405,7 @@ def test_openapi_tells_what_there_is(http: TestClient) -> None:
     operations = {path: next(iter(operation.values())) for path, operation in schema["paths"].items()}
     assert set(operations) == {
         *("/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/score"),
-        *("/v1/embeddings", "/tokenize", "/detokenize", "/tokenizer_info"),
+        *("/v1/models/{model}", "/v1/embeddings", "/tokenize", "/detokenize", "/tokenizer_info"),
     }
     told = operations["/v1/completions"]["responses"]
     assert {"200", "400", "401", "404", "409", "413", "415", "429", "500", "503", "504"} <= set(told)

@@ -211,6 +211,15 @@ def test_abandoned_stream_is_cancelled_and_harms_no_other(url: str, loaded: Torc
         time.sleep(0.1)
 
 
+def test_without_keys_it_is_asked_by_names_of_this_machine_only(url: str) -> None:
+    port = url.rpartition(":")[2]
+    for name in ("localhost", f"127.0.0.1:{port}", f"[::1]:{port}"):
+        assert httpx.get(f"{url}/v1/models", headers={"Host": name}).is_success
+    for path in ("/", "/v1/models", "/health"):
+        reply = httpx.get(f"{url}{path}", headers={"Host": f"evil.example:{port}"})
+        assert (reply.status_code, reply.json()["error"]["type"]) == (403, "invalid_request_error")
+
+
 def test_port_in_use_is_said_before_anything_starts(url: str, model_dir: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -32,6 +32,7 @@ def test_serve_config_is_valid_and_builds(path: Path, tmp_path: Path) -> None:
     assert f"serve deploy serve/{path.name}" in path.read_text()
     settings = ServeSettings.of(application.args)
     assert settings.keys is not None or config.http_options.host == "127.0.0.1", "open to all, without keys"
+    assert settings.keys is not None or settings.hosts
     keys = {}
     if settings.keys:
         create_key(tmp_path / "keys.json", "me")
@@ -69,6 +70,7 @@ def test_there_are_configs() -> None:
         ({"model": "tiny", "adapters": {"a": "/nowhere"}}, "no such adapter folder"),
         ({"model": "tiny", "pinned": ["nobody"]}, "unknown adapter 'nobody'"),
         ({"model": "tiny", "pinned": ["../x"]}, "cannot be the name"),
+        ({"model": "tiny", "hosts": ["http://a.example"]}, "not the name of a host"),
         ({"model": "tiny", "notes_template": "Read this."}, "no {passages}"),
     ],
 )
@@ -95,11 +97,13 @@ def test_ingress_has_the_keys_limits_and_origins_of_the_settings(tmp_path: Path)
     secret = create_key(tmp_path / "keys.json", "me")
     origin = "https://notes.example"
     settings = {"keys": tmp_path / "keys.json", "limits": {"prompts_per_request": 1}, "cors": [origin]}
+    settings["hosts"] = ["testserver"]
     ingress = Ingress(Unused(), ServeSettings.of({"model": "tiny"} | settings))
     http = TestClient(ingress.__serve_build_asgi_app__())
     body = {"model": "tiny", "prompt": ["a", "b"]}
     assert http.post("/v1/completions", json=body).status_code == 401
     headers = {"Authorization": f"Bearer {secret}", "Origin": origin}
+    assert http.get("/health", headers={"Host": "other.example"}).status_code == 403
     refused = http.post("/v1/completions", json=body, headers=headers)
     assert refused.status_code == 413
     assert "2 prompts" in refused.json()["error"]["message"]

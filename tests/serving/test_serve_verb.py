@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -62,6 +63,14 @@ def test_openai_client(server: tuple[str, subprocess.Popen[str]], keys: tuple[Pa
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "42"
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="tiny:law", prompt="x")
+
+
+def test_a_proxy_may_ask_by_another_name(
+    server: tuple[str, subprocess.Popen[str]], keys: tuple[Path, str]
+) -> None:
+    """Where there are keys, the name proves nothing."""
+    headers = {"Host": "notes.example", "Authorization": f"Bearer {keys[1]}"}
+    assert httpx.get(f"{server[0]}/v1/models", headers=headers).is_success
 
 
 def test_stock_lm_eval(

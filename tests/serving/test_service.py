@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qwen_ray.errors import UserError
 from qwen_ray.registry import Registry
 from qwen_ray.serving.assistant import Route, question_of
+from qwen_ray.serving.completions import Completions
 from qwen_ray.serving.engines.base import GenerateRequest, ScoreItem
 from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.protocol import ChatRequest, CompletionRequest, EmbeddingsRequest, ScoreRequest
 from qwen_ray.serving.service import Service
 from tests.serving.conftest import ask
 from tests.serving.fixed_assistant import FixedAssistant, passage
+from tests.serving.test_scheduler import held
 
 RIVER, LAW = "Where does the river begin?", "What does the fox jump over?"
 NOTES = "Use these notes where they help.\n[1] The river begins in the mountains.\n\n"
@@ -239,3 +244,88 @@ def test_a_server_without_the_part_says_so(model_dir: Path, model: str, word: st
         assert word in error["message"]
     finally:
         service.stop()
+
+
+def test_long_text_is_encoded_beside_the_event_loop_and_short_text_at_once(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a long text is held up, short ones are answered."""
+    go, encode = threading.Event(), Completions.encode
+
+    def slow(self: Completions, text: str, **more: Any) -> list[int]:
+        if len(text) > 2**14:
+            assert go.wait(30)
+        return encode(self, text, **more)
+
+    monkeypatch.setattr(Completions, "encode", slow)
+    monkeypatch.setattr(service._completions, "_most_bytes", 2**20)
+    body = {"model": "rand", "max_tokens": 1}
+    long, message = "a" * 2**15, {"role": "user", "content": "a" * 2**15}
+
+    async def ask() -> list[dict[str, Any]]:
+        held = [
+            asyncio.create_task(service.call("completion", CompletionRequest(prompt=long, **body))),
+            asyncio.create_task(
+                service.call("chat", ChatRequest.model_validate({"messages": [message]} | body))
+            ),
+        ]
+        await asyncio.sleep(0.05)
+        assert "ok" in await service.call("completion", CompletionRequest(prompt="hi", **body))
+        assert not any(task.done() for task in held)
+        go.set()
+        return [await task for task in held]
+
+    assert [answer["error"]["status"] for answer in asyncio.run(ask())] == [400, 400]
+
+
+def test_text_that_no_context_holds_is_refused_unread(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Completions, "encode", lambda *_, **__: pytest.fail("encoded"))
+    text = "a" * 2**20
+    messages = [{"role": "user", "content": text}]
+    for method, body in (
+        ("completion", CompletionRequest(model="rand", prompt=text)),
+        ("chat", ChatRequest.model_validate({"model": "rand", "messages": messages})),
+    ):
+        error = asyncio.run(service.call(method, body))["error"]
+        assert error["status"] == 400
+        assert "do not fit" in error["message"]
+
+
+def test_more_adapters_in_a_request_than_places_for_them(service: Service) -> None:
+    service.engine.max_adapters = 1  # type: ignore[attr-defined] # as vLLM's has
+    try:
+        items = [{"context": [1], "continuations": [[2]]}]
+        both = ScoreRequest.model_validate({"models": ["rand:geo", "rand:law"], "items": items})
+        error = asyncio.run(service.call("score", both))["error"]
+        assert error["status"] == 413
+        assert "holds 1 at once" in error["message"]
+        one = ScoreRequest.model_validate({"models": ["rand", "rand:geo", "rand:geo+rag"], "items": items})
+        assert len(ask(service, "score", one)["models"]) == 3
+    finally:
+        del service.engine.max_adapters  # type: ignore[attr-defined]
+
+
+def test_a_refused_prompt_ends_its_request_at_once(service: Service) -> None:
+    """Its other prompts are not waited for."""
+    scheduler, generate = service.scheduler, service.scheduler.generate_all
+    started: list[Any] = []
+
+    def second_fails(requests: Any, *rest: Any) -> Any:
+        first, second = generate(requests, *rest)
+        second.cancel()
+        second.future = Future()
+        second.future.set_exception(UserError("busy", status=429))
+        started.append(first)
+        return [first, second]
+
+    scheduler.generate_all = second_fails  # type: ignore[method-assign]
+    gate = held(service.scheduler)
+    try:
+        body = CompletionRequest(model="rand", prompt=["a", "b"], max_tokens=200, temperature=0)
+        assert asyncio.run(service.call("completion", body))["error"]["status"] == 429
+    finally:
+        gate.set()
+        del scheduler.generate_all  # type: ignore[method-assign]
+    assert started[0].future.result(30).finish_reason == "cancelled"

@@ -12,12 +12,14 @@ import psutil
 import pytest
 
 from qwen_ray import cluster
+from qwen_ray.config import build_config
 from qwen_ray.data.records import write_records
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import read_json, write_json, write_jsonl
 from qwen_ray.sweeps.driver import run_sweep
 from qwen_ray.sweeps.folder import prepared
 from qwen_ray.sweeps.ledger import REPORTS, Ledger
+from qwen_ray.sweeps.plain import base_losses
 from qwen_ray.sweeps.spec import SweepConfig
 from qwen_ray.training.tracking import read_metrics
 from tests.conftest import sums
@@ -122,6 +124,31 @@ def test_trials_are_stopped_fail_alone_and_go_on(two_cpus: None, tmp_path: Path)
     ]
     assert timeless[0] == timeless[1]
     assert again["winner"] == result["winner"]
+
+
+def test_the_base_is_measured_whatever_a_pack_refuses(data_file: Path) -> None:
+    refused = ["method.name=full", "optim.name=adamw_8bit", "precision=fp16"]
+    refused += ["evaluate.suites=[tiny]", "compute.attention=block_mask"]
+    plain, other = (
+        base_losses(build_config(flags={"data.train": [str(data_file)]}, sets=sets)) for sets in ([], refused)
+    )
+    assert plain.keys() == {"eval_loss", "eval_loss/more", "eval_loss/sums"}
+    assert other == pytest.approx(plain, rel=2e-3)
+
+
+def test_a_base_in_four_bits_is_measured_in_four_bits(data_file: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    flags = {"data.train": [str(data_file)], "precision": "fp32"}
+    whole, coarse, exact = (
+        base_losses(build_config(flags={**flags, "method.name": name, **more}))["eval_loss"]
+        for name, more in (
+            ("lora", {}),
+            ("qlora", {"method.quantization": "fp4"}),
+            ("qlora", {"method.quantization": "nf4"}),
+        )
+    )
+    assert len({whole, coarse, exact}) == 3
+    assert whole == pytest.approx(exact, rel=0.1)
 
 
 def test_stopped_runs_with_workers_leave_nothing(two_cpus: None, tmp_path: Path) -> None:

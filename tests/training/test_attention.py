@@ -178,6 +178,19 @@ def test_auto_and_what_cannot_run() -> None:
         attention.choose("varlem", CPU, torch.float32)
 
 
+def test_keys_are_repeated_where_no_kernel_shares_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What of it a machine without a GPU can know: the choice."""
+    monkeypatch.setattr("torch.version.hip", None)
+    bf16, half, single = torch.bfloat16, torch.float16, torch.float32
+    for capability, flash in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, found=capability: found)
+        for dtype in (bf16, half):
+            assert attention._repeats_keys(torch.device("cuda"), dtype, masked=False) is not flash
+        assert attention._repeats_keys(torch.device("cuda"), bf16, masked=True)
+        assert attention._repeats_keys(torch.device("cuda"), single, masked=False)
+        assert not attention._repeats_keys(torch.device("cpu"), bf16, masked=True)
+
+
 def test_scores_that_the_kernels_do_not_make_are_refused() -> None:
     documents = Documents.of(batch_of(documents_of((4,))), "documents")
     x = torch.randn(1, 2, 4, 8)

@@ -17,7 +17,10 @@ import pytest
 import torch
 
 from qwen_ray import models
+from qwen_ray.config import RunConfig, build_config
 from qwen_ray.fsio import read_json, write_json
+from qwen_ray.planner.hardware import GPUS
+from qwen_ray.training.driver import _decided, _planned_alone
 from qwen_ray.training.tracking import MetricsTail, Tracker, read_metrics, wandb_mode
 from tests.training.test_loop import config
 
@@ -207,9 +210,6 @@ def test_another_configuration_does_not_overwrite_a_run(tmp_path: Path, data_fil
 def test_without_a_cluster_the_default_is_this_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from qwen_ray.config import build_config
-    from qwen_ray.training.driver import _decided
-
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def workers(**changes: Any) -> int | None:
@@ -222,6 +222,22 @@ def test_without_a_cluster_the_default_is_this_process(
     assert workers(**{"cluster.address": "somewhere:6379"}) == 1
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
     assert workers() == 1
+
+
+def test_on_one_gpu_it_trains_as_it_is_planned(caplog: pytest.LogCaptureFixture) -> None:
+    """What the planner sets beside ddp is taken; what takes Ray is said."""
+    memory = GPUS["h100-80gb"].memory
+
+    def planned(**flags: Any) -> RunConfig:
+        sets = {"data.max_length": 4096, "optim.batch_size": 4, **flags}
+        return _planned_alone(build_config(flags=sets), memory)
+
+    lora = planned(**{"model.name": "7b"})
+    assert (lora.strategy.name, lora.compute.activation_checkpointing) == ("ddp", True)
+    assert not caplog.records
+    full = planned(**{"model.name": "7b", "method.name": "full"})
+    assert (full.strategy.name, full.strategy.offload_optimizer) == ("ddp", "none")
+    assert "--workers 1" in caplog.text
 
 
 def test_a_failure_in_this_process_is_one_line_and_a_note(tmp_path: Path, data_file: Path) -> None:

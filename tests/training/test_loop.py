@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from qwen_ray import models
 from qwen_ray.config import OptimConfig, RunConfig, build_config
@@ -184,6 +187,35 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, data_file: Path
     )
     with pytest.raises(FloatingPointError, match=r"lower optim\.learning_rate"):
         run(settings, Store(tmp_path / "c", keep=1))
+
+
+def test_weights_that_the_last_step_ruined_are_not_handed_over(tmp_path: Path, data_file: Path) -> None:
+    """The loss of the only step is that of the base; what it leaves shows in the held-out loss alone."""
+    settings = config(
+        data_file, tmp_path, "optim.learning_rate=1e25", "optim.warmup_steps=0", "optim.max_steps=1"
+    )
+    store, rows = Store(tmp_path / "c"), list[dict[str, Any]]()
+    with pytest.raises(FloatingPointError, match=r"held-out loss is nan at step 1; lower optim"):
+        train(settings, strategy=Ddp(), store=store, on_metrics=rows.append, artifact=tmp_path / "left")
+    assert rows == []
+    assert store.newest() is None
+    assert not (tmp_path / "left").exists()
+
+
+def test_a_model_is_left_in_the_format_it_came_in(tmp_path: Path, data_file: Path) -> None:
+    """bfloat16 files, trained in float32; and what config.json says is what the files hold."""
+    base = tmp_path / "base"
+    models.load_model(REF, dtype=torch.bfloat16).save_pretrained(base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(REF.location) / name, base)
+    sets = ("method.name=full", "optim.max_steps=1", "data.validation_fraction=0")
+    settings = config(data_file, tmp_path, *sets, **{"model.name": str(base)})
+    left = tmp_path / "left"
+    train(settings, strategy=Ddp(), store=Store(tmp_path / "c"), on_metrics=lambda _: None, artifact=left)
+    weights = load_file(left / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(left, dtype="auto").dtype == torch.bfloat16
+    assert models.stored_dtype(models.resolve(str(left))) == torch.bfloat16
 
 
 @pytest.mark.slow

@@ -76,9 +76,9 @@ def test_trials_that_come_and_go_in_any_order(world: World, exact: list[Outcome]
 
 def _global_clip(patch: pytest.MonkeyPatch) -> None:
     def clip(pack: Pack) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(pack.bank.grads)
+        norm = torch.linalg.vector_norm(pack.bank.grads.whole)
         limit = next(iter(pack.slots.values())).config.optim.max_grad_norm
-        pack.bank.grads.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+        pack.bank.grads.whole.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm.expand(len(pack.slots))
 
     patch.setattr(Pack, "_clip", clip)
@@ -120,8 +120,9 @@ def _momentum_kept(patch: pytest.MonkeyPatch) -> None:
         place(slot, bank, lane)
         if fresh and left:
             for name, row in left.pop().items():
-                width = min(bank.moments[name].shape[1], len(row))
-                bank.moments[name][lane, :width] = row[:width]
+                own = bank.moments[name][lane]
+                width = min(len(own), len(row))
+                own[:width] = row[:width]
 
     patch.setattr(Pack, "remove", keep)
     patch.setattr(Slot, "place", inherit)

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from qwen_ray import models
 from qwen_ray.data import dataset
+from qwen_ray.data.packing import Row, collate
+from qwen_ray.data.tokenise import Example
 from qwen_ray.errors import UserError
 from qwen_ray.serving.lora_weights import read_lora
-from qwen_ray.training import attention, checkpoint, loop
+from qwen_ray.training import attention, checkpoint, loop, precision
 from qwen_ray.training.loss import TokenLoss
 from qwen_ray.training.packed import Pack
 from qwen_ray.training.strategy.ddp import Ddp
@@ -60,7 +62,7 @@ def test_a_neighbour_changes_no_bit(world: World, batched: bool) -> None:
     ]
     for pack in packs:
         pack.step()
-    packs[2].bank.values[1] = torch.nan
+    packs[2].bank.values[1].fill_(torch.nan)
     packs[2].bank.refresh()
     rows = [pack.step() for pack in packs]
     assert packs[2].slots["1"].failed == "the loss is nan at step 2; lower optim.learning_rate"
@@ -85,6 +87,20 @@ def test_a_loss_that_is_not_finite_fails_its_trial_only(world: World) -> None:
     assert pack.slots["0"].failed is not None
     assert "lower optim.learning_rate" in pack.slots["0"].failed
     assert pack.step() == {}
+
+
+def test_passes_are_few_and_even(world: World) -> None:
+    base = pack_of(world, []).base
+    parts: dict[int, Any] = {}
+    for lane, tokens in enumerate([50, 60, 40, 50, 60, 40, 50, 55]):
+        row = Row((Example("", "", [0] * tokens, [0] * tokens),))
+        parts[lane] = collate([row], base.pad_id), 1
+    base.pass_tokens = 300
+    assert [list(part) for part in base.passes(parts)] == [[0, 1, 2, 3], [4, 5, 6, 7]]  # not 260 and 145
+    base.pass_tokens = 50  # a lane is the least
+    assert [list(part) for part in base.passes(parts)] == [[lane] for lane in parts]
+    base.pass_tokens = 405
+    assert [list(part) for part in base.passes(parts)] == [list(parts)]
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -254,13 +270,13 @@ def held_out(model: Any, pack: Pack, key: str) -> dict[str, float]:
     }
 
 
-def test_held_out_losses(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_ray.training.packed_base.EVALUATED", 200)  # so that there are several passes
+def test_held_out_losses(world: World, tmp_path: Path) -> None:
     trials = ["optim.max_steps=3", "method.r=4"], ["optim.max_steps=3", "seed=1", "data.packing=false"]
     solos = [solo(world.config(*sets), tmp_path / str(i)) for i, sets in enumerate(trials)]
     pack = pack_of(world, *trials)
     while not pack.slots["0"].done:
         pack.step()
+    pack.base.pass_tokens = 50  # so that there are several passes
     found = pack.validation()
     for i, outcome in enumerate(solos):
         theirs = {k: v for k, v in outcome.rows[-1].items() if k.startswith("eval_loss")}
@@ -348,6 +364,15 @@ def test_what_cannot_be_packed_is_refused(world: World, pack: Pack, sets: list[s
     assert e.value.where == where
     assert e.value.fix
     assert list(pack.slots) == ["0"]
+
+
+def test_float16_is_refused_where_the_device_has_nothing_better(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "choose", lambda name, device: precision.Precision(torch.float16))
+    with pytest.raises(UserError, match="no bf16") as e:
+        Pack(world.config())
+    assert e.value.where == "precision"
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,34 @@ def test_two_ranks_end_as_one(strategy: str, data: Path, single: Path, tmp_path:
             assert_same(tmp_path / f"{strategy}-{method}-{packing}", single / f"ddp-{method}-{packing}")
 
 
+def test_a_buffer_is_as_large_as_the_largest_parameter() -> None:
+    from qwen_ray import models
+    from qwen_ray.training.strategy.deepspeed import largest_parameter
+
+    ref = models.resolve("tiny")
+    model = models.load_model(ref, dtype=torch.float32)
+    assert largest_parameter(ref) == max(p.numel() for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_a_smaller_last_step_is_a_step(tmp_path: Path) -> None:
+    """One pass over 12 records, 8 a step: the last step has half of the micro-batches."""
+    from qwen_ray.data.records import write_records
+    from tests.conftest import sums
+
+    write_records(tmp_path / "data.jsonl", sums(12))
+    sets = ["optim.max_steps=null", "optim.epochs=1", "data.validation_fraction=0", "data.max_epochs.sums=1"]
+    todo = [
+        (name, settings(tmp_path / "data.jsonl", tmp_path, "lora", "false", *sets, *STRATEGIES[name]))
+        for name in ("ddp", "zero2", "zero3")
+    ]
+    launch(1, train_all, [(name, given.model_dump(mode="json")) for name, given in todo], tmp_path)
+    first, last = outcome(tmp_path / "ddp")[0]
+    assert last["tokens"] < first["tokens"]
+    for name in ("zero2", "zero3"):
+        assert_same(tmp_path / name, tmp_path / "ddp")
+
+
 def go_on(todo: list[tuple[str, dict[str, Any]]], root: Path) -> None:
     """On each rank: end the runs in ``root/CASE``, which lost their last checkpoint."""
     for name, given in todo:

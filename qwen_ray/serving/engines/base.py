@@ -102,6 +102,8 @@ class GenerateResult:
 
 
 OnToken = Callable[[TokenEvent], None]
+OnTokenOf = Callable[[int, TokenEvent], None]
+"""The same for one of several requests, by its number."""
 
 
 def prompt_item(
@@ -184,6 +186,11 @@ class EngineQueue(Protocol):
     def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> Running:
         """Continue a prompt; ``on_token`` runs on the engine's thread, so it must be quick."""
 
+    def generate_all(
+        self, requests: Sequence[GenerateRequest], on_token: OnTokenOf | None = None
+    ) -> Sequence[Running]:
+        """Continue the prompts of one client's request: all of them are taken or all refused."""
+
     def call(self, function: Callable[[], Any]) -> Any:
         """Run ``function`` where the engine may be changed, between forwards, and return what it returns."""
 
@@ -197,4 +204,5 @@ class EngineQueue(Protocol):
     @property
     def load(self) -> dict[str, int]:
         """Counts for health, metrics and routing: ``score_requests``, ``waiting`` and ``generating``
-        requests, ``waiting_tokens``, ``max_waiting_tokens``, ``tokens_per_second``."""
+        requests, ``waiting_tokens``, ``max_waiting_tokens``, ``tokens_per_second``; of an engine that keeps
+        prompts' beginnings itself ``prefix_bytes`` and ``max_prefix_bytes``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,11 @@ from qwen_ray.serving.engines.text import TextStream
 
 if TYPE_CHECKING:
     from qwen_ray.serving.engines.torch import TorchEngine
+
+USUAL_TOKENS = 256
+"""Counted as an answer's length where more may be generated: most end by themselves long before their limit,
+which is all of the context where a client sets none."""
+_COLDEST = 1e-6  # a temperature; at it a token 0.0001 nats less likely than another is never chosen
 
 
 def check_request(request: GenerateRequest, *, vocabulary: int, context_length: int) -> None:
@@ -65,9 +69,9 @@ class DecodeRow:
         return [*self.request.prompt, *self.result.ids]
 
     @property
-    def most_tokens(self) -> int:
-        """Of the prompt and of what may be generated."""
-        return len(self.request.prompt) + self._limit
+    def expected_tokens(self) -> int:
+        """Of the prompt and of an answer of usual length."""
+        return len(self.request.prompt) + min(self._limit, USUAL_TOKENS)
 
     @property
     def done(self) -> bool:
@@ -97,11 +101,11 @@ class DecodeRow:
 
     def _choose(self, logits: torch.Tensor) -> int:
         value, likeliest = logits.max(dim=-1)
-        if math.isnan(value):
-            raise FloatingPointError("the model's output is not a number")
         if self.request.temperature == 0:
             return int(likeliest)
-        probabilities = torch.softmax(logits / self.request.temperature, dim=-1)
+        # The likeliest is 0 whatever divides it: a temperature near 0 means greedy, and not 0 / 0.
+        temperature = max(self.request.temperature, _COLDEST)
+        probabilities = torch.softmax((logits - value) / temperature, dim=-1)
         if self.request.top_p < 1:
             ordered, order = probabilities.sort(descending=True)
             # Keep the smallest set whose mass reaches top_p: a token stays if the mass before it is less.
@@ -128,7 +132,11 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Advance every row by one token; rows that end leave. A forward that fails raises, rows unharmed."""
+        """Advance every row by one token; rows that end leave.
+
+        A forward that fails, or gives any row what is not a number, raises, and the rows are unharmed: which
+        of them is to blame shows when each runs alone.
+        """
         self._drop([row.cancelled for row in self.rows])
         if not self.rows:
             return
@@ -136,7 +144,7 @@ class DecodeBatch:
         for row, row_logits in zip(self.rows, logits, strict=True):
             try:
                 row.accept(row_logits)
-            except Exception as e:  # this row's listener or settings; the others go on
+            except Exception as e:  # this row's listener; the others go on
                 row.error = e
         self._drop([row.done for row in self.rows])
 
@@ -185,9 +193,11 @@ class DecodeBatch:
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
         mask = None if bool(self._mask.all()) else self._mask
-        return self._engine.last_logits(
-            ids, positions, mask, cache, [row.request.adapter for row in self.rows]
-        )
+        adapters = [row.request.adapter for row in self.rows]
+        logits, cache = self._engine.last_logits(ids, positions, mask, cache, adapters)
+        if not logits.amax(-1).isfinite().all():  # NaN is the greatest there is
+            raise FloatingPointError("the model's output is not a number")
+        return logits, cache
 
     def _drop(self, leaving: list[bool]) -> None:
         if not any(leaving):

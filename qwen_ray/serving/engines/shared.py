@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_ray.errors import UserError
-from qwen_ray.serving.engines.base import TokenEvent
+from qwen_ray.serving.engines.base import OnToken, OnTokenOf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,13 +17,16 @@ def check_lineage(folder: Path, id: str, fingerprint: str) -> None:
     one called ``id``. Without a ``fingerprint`` nothing is checked."""
     from qwen_ray.fsio import read_json
     from qwen_ray.registry import LINEAGE
+    from qwen_ray.serving.lora_weights import well_formed
 
     path = folder / LINEAGE
-    base = read_json(path).get("base") or {} if path.is_file() else {}
-    trained_on = base.get("fingerprint")
+    lineage = read_json(path) if path.is_file() else {}
+    with well_formed(path):
+        base = lineage.get("base") or {}
+        trained_on = base.get("fingerprint")
     if trained_on and fingerprint and trained_on != fingerprint:
         raise UserError(
-            f"the adapter was trained on {base.get('id', 'another model')} ({trained_on[:12]}), "
+            f"the adapter was trained on {base.get('id', 'another model')} ({str(trained_on)[:12]}), "
             f"this server runs {id} ({fingerprint[:12]})",
             where=str(folder),
             fix="serve it on its own base model, or train it again on this one",
@@ -32,9 +34,7 @@ def check_lineage(folder: Path, id: str, fingerprint: str) -> None:
         )
 
 
-def listener(
-    index: int, on_token: Callable[[int, TokenEvent], None] | None
-) -> Callable[[TokenEvent], None] | None:
+def listener(index: int, on_token: OnTokenOf | None) -> OnToken | None:
     """What is told of request number ``index``, if anything is to be told."""
     if on_token is None:
         return None

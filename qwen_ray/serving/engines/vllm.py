@@ -30,7 +30,7 @@ from qwen_ray.serving.engines.base import (
 )
 from qwen_ray.serving.engines.decode import check_request
 from qwen_ray.serving.engines.packing import check_item
-from qwen_ray.serving.engines.shared import check_lineage, eos_ids, listener
+from qwen_ray.serving.engines.shared import check_lineage, eos_ids
 from qwen_ray.serving.engines.vllm_adapters import RANKS, Shapes, blueprint, write_lora
 from qwen_ray.serving.engines.vllm_check import check_adapters
 from qwen_ray.serving.engines.vllm_core import Core, require_vllm
@@ -269,5 +269,4 @@ class VllmEngine:
         self, requests: Sequence[GenerateRequest], on_token: Callable[[int, TokenEvent], None] | None = None
     ) -> list[GenerateResult]:
         """Continue every prompt; ``on_token(i, event)`` is called as request ``i`` gets a token."""
-        running = [self._queue.generate(r, listener(i, on_token)) for i, r in enumerate(requests)]
-        return [generation.future.result() for generation in running]
+        return [running.future.result() for running in self._queue.generate_all(requests, on_token)]

@@ -19,11 +19,13 @@ from qwen_ray.serving.engines.base import (
     GenerateRequest,
     GenerateResult,
     OnToken,
+    OnTokenOf,
     ScoreItem,
     ScoreResult,
 )
 from qwen_ray.serving.engines.decode import DecodeRow
 from qwen_ray.serving.engines.packing import truncated
+from qwen_ray.serving.engines.shared import listener
 
 if TYPE_CHECKING:
     from qwen_ray.serving.engines.vllm import VllmEngine
@@ -96,14 +98,29 @@ class VllmQueue:
 
     def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> VllmGeneration:
         """Continue a prompt. ``on_token`` runs on vLLM's loop, so it must be quick."""
+        listen = None if on_token is None else lambda _, event: on_token(event)
+        return self.generate_all([request], listen)[0]
+
+    def generate_all(
+        self, requests: Sequence[GenerateRequest], on_token: OnTokenOf | None = None
+    ) -> list[VllmGeneration]:
+        """Continue the prompts of one client's request: all of them or, if one is invalid or too much waits
+        (429), none."""
+        core = self.engine.core
         try:
-            self.engine.check_generate(request)
-            row = _Row(self.engine, request, on_token)  # type: ignore[arg-type]
-            place = self.backlog.enter(row.most_tokens)
+            for request in requests:
+                self.engine.check_generate(request)
+            rows = [
+                _Row(self.engine, r, listener(i, on_token))  # type: ignore[arg-type]
+                for i, r in enumerate(requests)
+            ]
+            places = self.backlog.enter_all([row.expected_tokens for row in rows])
         except UserError as e:
-            return VllmGeneration(None, _failed(e), self.engine.core)
-        future = self._run(partial(self._generate, row, place), place)
-        return VllmGeneration(row, future, self.engine.core)
+            return [VllmGeneration(None, _failed(e), core) for _ in requests]
+        return [
+            VllmGeneration(row, self._run(partial(self._generate, row, place), place), core)
+            for row, place in zip(rows, places, strict=True)
+        ]
 
     def call(self, function: Callable[[], T]) -> T:
         """Run ``function`` here: vLLM itself changes its adapters between two steps."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qwen_ray import models
 from qwen_ray.config import RunConfig
 from qwen_ray.errors import UserError
 from qwen_ray.training.base import load_base
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from qwen_ray.models import ModelRef
 
 _TAG = "state"
+_MARGIN = 2**16
+"""Elements: shares are padded, to multiples of the number of ranks and of what the disk takes."""
 
 
 class DeepSpeed(Strategy):
@@ -49,6 +53,10 @@ class DeepSpeed(Strategy):
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self._config = zero_config(config, self.device, self.world_size)
+        if config.strategy.offload_parameters == "nvme":
+            # Each of DeepSpeed's buffers must hold a rank's share of any parameter.
+            buffer = -(-largest_parameter(ref) // self.world_size) + _MARGIN
+            self._config["zero_optimization"]["offload_param"]["buffer_size"] = buffer
         self.format = f"deepspeed-zero-{config.strategy.zero_stage}"
         self.lockstep = config.strategy.zero_stage == 3
         self._lora = config.method.name != "full"
@@ -77,6 +85,11 @@ class DeepSpeed(Strategy):
         self.module = self.engine
         # A script for reading the shards, which it would put into each checkpoint from rank 0, unguarded.
         self.engine._copy_recovery_script = lambda *_: None
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        # Said, not counted: a pass over the data may end in a step of fewer micro-batches than the others.
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         # The loss is a share of the global sum already; DeepSpeed need not divide by the micro-batches.
@@ -168,6 +181,17 @@ class DeepSpeed(Strategy):
         dist.broadcast_object_list(failure, src=0)
         if failure[0]:
             raise RuntimeError(f"cannot convert {folder / _TAG} to another number of ranks: {failure[0]}")
+
+
+def largest_parameter(ref: ModelRef) -> int:
+    """Elements of the model's largest parameter, found without its weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = AutoConfig.from_pretrained(str(models.model_folder(ref)))
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(settings)
+    return max(p.numel() for p in model.parameters())
 
 
 def zero_config(config: RunConfig, device: torch.device, world_size: int) -> dict[str, Any]:
