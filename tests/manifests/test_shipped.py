@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 
 from qwen_ray.manifests.check import check
-from tests.manifests.test_check import needs_kubectl
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(path.parent for path in ROOT.glob("k8s/overlays/*/kustomization.yaml"))
 VALUES = ROOT / "k8s" / "helm" / "kuberay-operator.yaml"
 
 
-@needs_kubectl
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
 def test_overlay(overlay):
     report = check([str(overlay)], operator_values=VALUES)
