@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.nodes import Cluster
 from tests.training.test_driver import command
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 # Prints the id of a node, and what is said of a label that none has.
 SCRIPT = """
 from qwen_ray.errors import UserError
