@@ -5,6 +5,7 @@ Leaves ``OUT/grid.json``: what Tune's ResultGrid says of each trial.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     cluster.connect("local", num_cpus=2)
     try:
         main(Path(sys.argv[1]))
