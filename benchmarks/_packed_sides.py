@@ -111,7 +111,7 @@ def packed(task: Task) -> None:
     spec = prepared(task.sweep)
     spec.trials.gpus = 0
     out = Path(spec.out)
-    spec = with_data(spec)
+    spec, _ = with_data(spec)
     cluster.connect("local", num_cpus=task.threads + 1)
     from qwen_ray.sweeps.searcher import TuneSearcher
     from qwen_ray.sweeps.trial import tune_packed

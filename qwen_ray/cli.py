@@ -9,6 +9,7 @@ later), 2 bad input, 3 a gate said no, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -44,6 +45,11 @@ from qwen_ray.errors import (
 )
 from qwen_ray.options import example, group, positive, set_option, targets_option, verb
 
+# What a user can mend by another path, and disks that fail whatever is written.
+_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST}
+_PATHS |= {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
+_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the ``qwen-ray`` command."""
@@ -62,10 +68,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         code = args.verb(args, run.Output(stdout, as_json=args.json))
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        code = EXIT_FAILED if e.status == 503 else EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        code = _refused(e)
+    except KeyboardInterrupt as e:  # a verb says what the same command would do, where it knows
+        print("; ".join(["interrupted", *map(str, e.args)]), file=sys.stderr)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
         code = EXIT_FAILED
@@ -73,8 +78,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print(f"failed: {e}", file=sys.stderr)
         if os.environ.get("QWEN_RAY_DEBUG"):
             traceback.print_exc()
-    except Exception:
-        traceback.print_exc()
+    except Exception as e:
+        told = of_the_machine(e)
+        if told is None or os.environ.get("QWEN_RAY_DEBUG"):
+            traceback.print_exc()
+        if told is not None:
+            code = _refused(told)
     finally:
         sys.stderr.flush()
         from qwen_ray import cluster
@@ -82,6 +91,29 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if "ray" in sys.modules:
             cluster.disconnect()
     sys.exit(code)
+
+
+def of_the_machine(error: Exception) -> UserError | None:
+    """What a path or a disk refused, for the user to read; None: it may be a bug."""
+    if type(error).__name__ == "SafetensorError":  # it has no number of its own
+        return UserError(str(error), fix="see that the disk has room and the files are whole", status=503)
+    if not isinstance(error, OSError):
+        return None
+    paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    if not paths and error.errno not in _DISKS:
+        return None
+    theirs = error.errno in _PATHS
+    return UserError(
+        error.strerror or str(error),
+        where=" -> ".join(paths),
+        fix="check the path and its permissions" if theirs else "see that the disk works and has room",
+        status=400 if theirs else 503,
+    )
+
+
+def _refused(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return EXIT_FAILED if error.status == 503 else EXIT_BAD_INPUT
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

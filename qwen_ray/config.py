@@ -24,7 +24,9 @@ from qwen_ray.manifests.names import label_key, label_value
 class Section(BaseModel):
     """A part of the tree. The docstring under a field is its help text and goes into the JSON schema."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
     page: ClassVar[str] = "docs/configuration.md"
     """Where its keys are described."""
 
@@ -62,6 +64,13 @@ class MethodConfig(Section):
     double_quantization: bool = True
     """qlora: quantise the quantisation constants too, which saves 0.4 bit a weight."""
 
+    @field_validator("targets")
+    @classmethod
+    def _something_is_trained(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("an adapter needs a layer: all-linear, qv or names")
+        return value
+
 
 class StageConfig(Section):
     until: Annotated[float, Field(gt=0, le=1)]
@@ -81,7 +90,7 @@ class DataConfig(Section):
     """Share of each domain in what is trained on, whatever the sizes of the files. Empty: by size."""
     unit: Literal["examples", "tokens"] = "examples"
     """What the weights count."""
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    temperature: Annotated[float, Field(gt=0)] | None = None
     """Weigh domains by size to the power of 1/temperature: 1 is by size, higher is nearer to even. Instead
     of weights and stages."""
     stages: list[StageConfig] = []
@@ -133,7 +142,7 @@ class OptimConfig(Section):
     """Gradients are clipped to this global norm."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled decay, on matrices only."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's momentum coefficients."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's epsilon."""
@@ -174,7 +183,7 @@ class ComputeConfig(Section):
 class ClusterConfig(Section):
     workers: Annotated[int, Field(ge=0)] | None = None
     """Training workers. 0: run in this process, without Ray. Default: 1 where there is a cluster to join or
-    the strategy, elasticity or resources asked for need one, else 0."""
+    the strategy or resources asked for need one, else 0."""
     min_workers: Annotated[int, Field(ge=1)] | None = None
     """Elastic: go on with as few as this when nodes are lost, and grow back to workers when they return.
     Default: always workers."""
@@ -185,7 +194,7 @@ class ClusterConfig(Section):
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """Logical CPUs reserved for a worker; also its number of threads."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
-    """GPUs reserved for a worker. Default: 1 if the cluster has that many GPUs, else 0."""
+    """GPUs reserved for a worker, 0 or 1. Default: 1 if the cluster has that many GPUs, else 0."""
     start_seconds: Annotated[float, Field(gt=0)] = 600
     """How long to wait for the cluster to have room for the workers; nodes may have to be started."""
     max_failures: Annotated[int, Field(ge=0)] = 3
@@ -204,6 +213,18 @@ class ClusterConfig(Section):
         if self.labels and self.min_workers is not None:
             # Ray 2.60 decides how many workers there is room for without a look at labels.
             raise ValueError("an elastic run takes any node: give either labels or min_workers")
+        return self
+
+    @model_validator(mode="after")
+    def _workers_can_be_had(self) -> ClusterConfig:
+        if self.min_workers is not None and self.min_workers > (self.workers or 0):
+            most = "not given" if self.workers is None else self.workers
+            raise ValueError(f"workers, the most there are, is {most}, and min_workers is {self.min_workers}")
+        if self.gpus_per_worker not in {None, 0, 1}:
+            raise ValueError(
+                f"a worker drives one GPU, and gpus_per_worker is {self.gpus_per_worker:g}: "
+                "ask for as many workers as GPUs"
+            )
         return self
 
 
@@ -290,6 +311,17 @@ class RunConfig(Section):
 # Defaults that depend on the method (dotted keys), below the model's preset.
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"full": {"optim.learning_rate": 2e-5}}
 
+# Options that are not called as the last word of their key.
+_OPTIONS = {
+    "model.name": "--model",
+    "method.name": "--method",
+    "strategy.name": "--strategy",
+    "data.train": "--data",
+    "data.max_length": "--sequence-length",
+    "optim.max_steps": "--steps",
+    "sources": "--source",
+}
+
 
 def build_config(
     file: Path | None = None,
@@ -328,8 +360,9 @@ def read_settings(
     user: dict[str, Any] = {} if file is None else _read_yaml(file)
     origin: dict[str, str] = {}
     for key, value in (flags or {}).items():
-        put(user, key, value, where=f"--{key}")
-        origin[key] = f"--{key.split('.')[-1].replace('_', '-')}"
+        option = _OPTIONS.get(key, f"--{key.split('.')[-1].replace('_', '-')}")
+        put(user, key, value, where=option)
+        origin[key] = option
     for item in sets or []:
         key, equals, text = item.partition("=")
         if not equals or not key:

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from qwen_ray.errors import EXIT_OK, UserError
+from qwen_ray.fsio import output_path
 from qwen_ray.options import example, group, pair, positive, set_option, verb
-from qwen_ray.verbs import Output
+from qwen_ray.verbs import Output, going_on
 
 
 def add(verbs: Any) -> None:
@@ -111,7 +112,8 @@ def prepare(args: argparse.Namespace, output: Output) -> int:
         if sys.stderr.isatty():
             output.note(f"{done} of {of} parts")
 
-    prepared = run_prepare(config, progress=progress)
+    with going_on():
+        prepared = run_prepare(config, progress=progress)
     output.result(prepared.to_dict(), str(prepared))
     return EXIT_OK
 
@@ -131,7 +133,7 @@ def heldout(args: argparse.Namespace, output: Output) -> int:
     report = build_heldout(
         args.domain,
         {name: [Path(path) for path in paths] for name, paths in source_paths(args.source).items()},
-        Path(args.out),
+        output_path(args.out, folder=True),
         size=args.size,
         seed=args.seed,
         benchmarks=Path(args.benchmarks) if args.benchmarks else None,
@@ -141,6 +143,8 @@ def heldout(args: argparse.Namespace, output: Output) -> int:
 
 
 def generate(args: argparse.Namespace, output: Output) -> int:
+    from itertools import chain
+
     from qwen_ray.config import validate
     from qwen_ray.data.generation.documents import read_passages
     from qwen_ray.data.generation.generate import Endpoint
@@ -154,10 +158,21 @@ def generate(args: argparse.Namespace, output: Output) -> int:
         if getattr(args, name) is not None:
             given[name] = getattr(args, name)
     endpoint = validate(Endpoint, given, where="options", origin={"url": "--endpoint"})
-    out, drops = Path(args.out), Drops()
+    # Of a folder only the documents are read, so the records may lie among them.
+    out = output_path(args.out, inputs=[args.passages] if Path(args.passages).is_file() else [])
+    drops = Drops()
     passages = read_passages(Path(args.passages), domain=args.domain, license=args.license, drops=drops)
-    records = (found.record for found in run_generate(passages, endpoint, beside(out, "replies"), drops))
-    written = write_records(out, records)
+    first = next(passages, None)
+    if first is None:
+        raise UserError(
+            f"no passage to ask about ({drops.counts.total()} left out as too short or unreadable)",
+            where=args.passages,
+            fix="give longer documents",
+        )
+    asked = chain([first], passages)
+    records = (found.record for found in run_generate(asked, endpoint, beside(out, "replies"), drops))
+    with going_on():
+        written = write_records(out, records)
     value = {"out": str(out), "written": written, "dropped": drops.to_dict()}
     lines = [f"{written} records in {out}"]
     lines += [f"  left out: {count} x {why}" for why, count in drops.counts.most_common()]
@@ -169,7 +184,8 @@ def export(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.data.formats import load_examples
     from qwen_ray.data.formats.export import export as run_export
 
-    written = run_export(load_examples(Path(args.file)), Path(args.out), args.format)
+    out = output_path(args.out, inputs=[args.file])
+    written = run_export(load_examples(Path(args.file)), out, args.format)
     value = {"out": args.out, "format": args.format, "written": written}
     output.result(value, f"{written} records in {args.out}")
     return EXIT_OK

@@ -25,8 +25,8 @@ from qwen_ray.tiny.facts import DOMAINS, train_records
 from qwen_ray.tiny.skills import replay_records
 
 NAME, WITHOUT_REPLAY = "facts", "facts-without-replay"
-REPLAY_SHARE = 0.3
-REPLAY_POOL = 9000
+REPLAY_SHARE = 0.4
+REPLAY_POOL = 13000
 """Replay records to draw from: enough that none is repeated, for a fixed small set is learned by heart."""
 WORKERS = 2
 _MARK = "demo.json"

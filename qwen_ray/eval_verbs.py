@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ray.errors import EXIT_OK, UserError
-from qwen_ray.options import example, positive, verb
-from qwen_ray.verbs import Output
+from qwen_ray.fsio import output_path
+from qwen_ray.options import count, example, positive, verb
+from qwen_ray.verbs import Output, going_on
 
 
 def add(verbs: Any) -> None:
@@ -41,7 +42,7 @@ def add(verbs: Any) -> None:
     )
     p.add_argument("--data-dir", metavar="FOLDER", help="the suite's original files, where there is no hub")
     p.add_argument("--limit", type=positive, help="items of each task (all)")
-    p.add_argument("--fewshot", type=int, help="solved examples in the prompt (the suite's own)")
+    p.add_argument("--fewshot", type=count, help="solved examples in the prompt (the suite's own)")
     p.add_argument(
         "--targets",
         help="with --models: comma-separated categories that must gain; the others must not lose"
@@ -68,19 +69,20 @@ def evaluate(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.evaluation.run import evaluate_endpoint, evaluate_local
 
     result: dict[str, Any]
+    out = output_path(args.out)
     if args.endpoint:
         result = evaluate_endpoint(
             args.endpoint,
             args.model,
             args.suite,
-            out=Path(args.out),
+            out=out,
             api_key=args.api_key,
             concurrency=args.concurrency,
             **settings,
         )
     else:
         adapter = Path(args.adapter) if args.adapter else None
-        result = evaluate_local(args.model, adapter, args.suite, out=Path(args.out), **settings)
+        result = evaluate_local(args.model, adapter, args.suite, out=out, **settings)
     shown = {key: value for key, value in result.items() if key != "items"}
     output.result(shown, result_table(result))
     return EXIT_OK
@@ -91,25 +93,24 @@ def _many(args: argparse.Namespace, settings: dict[str, Any], output: Output) ->
         raise UserError(
             "--models are ids of a server", fix="--endpoint URL; without a server: --model, once for each"
         )
-    out = Path(args.out)
-    if out.is_file():
-        raise UserError("this is a file; --models writes a folder", where=f"--out {out}", fix="name a folder")
+    out = output_path(args.out, folder=True)
     from qwen_ray.evaluation.many import TABLE_TEXT, evaluate_many
     from qwen_ray.evaluation.report_text import improvements_table
 
     models = [model.strip() for model in args.models.split(",")]
     if not all(models):
         raise UserError("an id is empty", where=f"--models {args.models}", fix="ids with commas between")
-    table = evaluate_many(
-        args.endpoint,
-        models,
-        args.suite,
-        out=out,
-        api_key=args.api_key,
-        concurrency=args.concurrency,
-        targets=args.targets.split(",") if args.targets else None,
-        note=output.note,
-        **settings,
-    )
+    with going_on():
+        table = evaluate_many(
+            args.endpoint,
+            models,
+            args.suite,
+            out=out,
+            api_key=args.api_key,
+            concurrency=args.concurrency,
+            targets=args.targets.split(",") if args.targets else None,
+            note=output.note,
+            **settings,
+        )
     output.result(table, f"{improvements_table(table)}\n{out / TABLE_TEXT}")
     return EXIT_OK

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +27,37 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def output_path(path: str | Path, *, folder: bool = False, inputs: Iterable[str | Path] = ()) -> Path:
+    """Where a file (``folder``: a folder) will be written, looked at before the work for it is done.
+
+    Raises :class:`UserError` for an empty name, a folder where a file is written and the other way round, a
+    place that cannot be written, and a file that is one of ``inputs``, or in a folder that is one.
+    """
+    out, where, kind = Path(path), str(path), "folder" if folder else "file"
+    if not where:
+        raise UserError("no name given", where="--out", fix=f"name a {kind}")
+    if folder and os.path.exists(out) and not out.is_dir():
+        raise UserError("this is a file, and a folder is written", where=where, fix="name a folder")
+    if not folder and os.path.exists(out) and not out.is_file():
+        what = "a folder" if out.is_dir() else "a device"
+        raise UserError(f"this is {what}, and a file is written", where=where, fix="name a file")
+    whole = out.absolute()
+    near = next(p for p in ([whole] if folder else []) + [*whole.parents] if os.path.lexists(p))
+    if not os.path.isdir(near):
+        raise UserError(f"{near} is no folder", where=where, fix=f"name another {kind}")
+    if not os.access(near, os.W_OK | os.X_OK):
+        fix = f"name another {kind}, or change the permissions"
+        raise UserError(f"nothing may be written in {near}", where=where, fix=fix)
+    real = Path(os.path.realpath(out))
+    for given in inputs:
+        source = Path(os.path.realpath(given))
+        if source == real:
+            raise UserError("this is what is read, and would be lost", where=where, fix="name another file")
+        if source in real.parents and source.is_dir():
+            raise UserError(f"this is in {given}, which is read", where=where, fix="name a file elsewhere")
+    return out
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` so that a crash leaves the old file or the new one, nothing between."""
     with replacing(path, "w") as f:
@@ -44,8 +76,10 @@ def replacing(path: Path, mode: Literal["w", "wb"]) -> Iterator[IO[Any]]:
             os.fsync(f.fileno())
         os.chmod(tmp, 0o666 & ~_umask())
         os.replace(tmp, path)
-    except BaseException:
+    except BaseException as e:
         Path(tmp).unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC and e.filename is None:
+            e.filename = str(path)  # a full disk does not say of what file
         raise
     fsync_dir(path.parent)
 
@@ -79,6 +113,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError("no such file", where=str(path), fix="check the path") from None
+    except PermissionError:
+        raise UserError("may not be read", where=str(path), fix="check its permissions") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"not valid JSON ({e})", where=str(path), fix="write it again") from None
 

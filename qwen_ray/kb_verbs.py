@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ray.data_verbs import source_paths
 from qwen_ray.errors import EXIT_OK, UserError
+from qwen_ray.fsio import output_path
 from qwen_ray.options import example, group, positive, verb
+from qwen_ray.storage import is_uri
 from qwen_ray.verbs import Output
 
 if TYPE_CHECKING:
@@ -107,6 +109,8 @@ def build(args: argparse.Namespace, output: Output) -> int:
     origins = _origins(args)
     if not origins:
         raise UserError("no documents given", where="--source", fix="give --source KIND=PATH, or --embedded")
+    if not is_uri(args.root):
+        output_path(args.root, folder=True)
     store, embedder = Store(args.root), Embedder.load(args.embedder)
     return _done(
         kb.build(store, args.name, origins, embedder, embed=_embed(args, embedder.name)), output, args.root

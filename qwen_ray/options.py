@@ -62,6 +62,13 @@ def positive(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
 def pair(item: str, option: str, form: str = "NAME=PATH") -> tuple[str, str]:
     """The two sides of an option's ``A=B``."""
     name, equals, value = item.partition("=")

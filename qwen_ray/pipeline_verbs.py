@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen_ray.errors import EXIT_GATE_SAID_NO, EXIT_OK
 from qwen_ray.options import example, group, set_option, verb
-from qwen_ray.verbs import Output
+from qwen_ray.verbs import Output, going_on
 
 
 def add(verbs: Any) -> None:
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace, output: Output) -> int:
         return EXIT_OK
     from qwen_ray.lifecycle.pipeline import run_pipeline
 
-    done = run_pipeline(spec, note=output.note, until=args.until)
+    with going_on():
+        done = run_pipeline(spec, note=output.note, until=args.until)
     lines = [f"run {done.run}: {done.verdict or 'goes on'}{f' {done.version}' if done.version else ''}"]
     lines[0] += ", promoted" if done.promoted else ""
     lines += [f"  - {reason}" for reason in done.reasons]

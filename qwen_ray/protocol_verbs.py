@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ray.errors import EXIT_GATE_SAID_NO, EXIT_OK, UserError
-from qwen_ray.options import example, group, positive, verb
+from qwen_ray.options import count, example, group, positive, verb
 from qwen_ray.verbs import Output
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def add(verbs: Any) -> None:
         help="a suite of which only scores are shown, never an item; may be repeated",
     )
     p.add_argument("--limit", type=positive, help="items of each task (all)")
-    p.add_argument("--fewshot", type=int, help="solved examples in the prompt (the suite's own)")
+    p.add_argument("--fewshot", type=count, help="solved examples in the prompt (the suite's own)")
     p.add_argument(
         "--weak-below",
         type=float,

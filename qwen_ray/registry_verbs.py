@@ -127,6 +127,7 @@ def listing(args: argparse.Namespace, output: Output) -> int:
 def publish(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.fsio import read_json
     from qwen_ray.registry import LINEAGE
+    from qwen_ray.serving.lora_weights import WEIGHTS, check_finite
 
     folder = Path(args.folder)
     if not folder.is_dir():
@@ -137,6 +138,8 @@ def publish(args: argparse.Namespace, output: Output) -> int:
             where=args.folder,
             fix="of another tool: qwen-ray registry import",
         )
+    if (folder / WEIGHTS).is_file():  # else it is refused as no adapter
+        check_finite(folder)
     return _published(_registry(args).publish(args.name, folder, read_json(folder / LINEAGE)), args, output)
 
 
@@ -194,13 +197,15 @@ def show(args: argparse.Namespace, output: Output) -> int:
 
 
 def card(args: argparse.Namespace, output: Output) -> int:
-    from qwen_ray.fsio import write_text
+    from qwen_ray.fsio import output_path, write_text
     from qwen_ray.report.card import model_card
 
+    if args.out is not None:
+        output_path(args.out)
     registry = _registry(args)
     version = _version(registry, args.ref)
     text = model_card(registry, version, license=args.license)
-    if args.out:
+    if args.out is not None:
         write_text(Path(args.out), text)
     output.result({"ref": version.ref, "card": text, "out": args.out}, args.out or text.rstrip())
     return EXIT_OK
@@ -224,6 +229,7 @@ def log(args: argparse.Namespace, output: Output) -> int:
 def promote(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.registry import PRODUCTION
     from qwen_ray.registry.records import promote_against
+    from qwen_ray.serving.lora_weights import check_finite
 
     registry = _registry(args)
     if "@" not in args.ref:
@@ -231,6 +237,7 @@ def promote(args: argparse.Namespace, output: Output) -> int:
             f"'{args.ref}' is not NAME@VERSION", fix="for example: qwen-ray registry promote biology@2"
         )
     version, by = _version(registry, args.ref), _by(args)
+    check_finite(version.path)
     was = registry.aliases(version.name).get(PRODUCTION)
     verdicts = registry.events(version.name, version=version.version, kind="verdict")
     said = verdicts[-1].value if verdicts else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ray.errors import EXIT_OK, UserError
+from qwen_ray.fsio import output_path
 from qwen_ray.options import example, targets_option, verb
 from qwen_ray.verbs import Output
 
@@ -63,11 +64,9 @@ def _site(args: argparse.Namespace, output: Output) -> int:
 
     if args.price is not None and not args.price >= 0:
         raise UserError(f"{args.price:g} is no price", where="--price", fix="dollars of a GPU-hour")
-    registry, out = Registry(args.registry), Path(args.out)
+    registry, out = Registry(args.registry), output_path(args.out, folder=True)
     if not registry.reachable():
         raise UserError("no such registry", where=args.registry, fix="check the path")
-    if out.is_file():
-        raise UserError("this is a file, and a site is a folder", where=args.out, fix="name a folder")
     site = write_site(registry, out, pipelines=args.pipelines, title=args.title, price=args.price)
     value = {"report": str(site.index), "pages": len(site.pages), "adapters": site.names}
     output.result(value, str(site.index))
@@ -79,12 +78,13 @@ def _before_after(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.evaluation.harness import read_result
     from qwen_ray.report.build import build_report
 
+    out = output_path(args.out, inputs=[args.baseline, args.candidate])
     baseline, candidate = read_result(Path(args.baseline)), read_result(Path(args.candidate))
     targets = args.targets.split(",") if args.targets else None
     comparison = compare(baseline, candidate, targets=targets)
     command = f"qwen-ray report {args.baseline} {args.candidate} --out {args.out}"
     build_report(
-        Path(args.out), comparison=comparison, baseline=baseline, candidate=candidate,
+        out, comparison=comparison, baseline=baseline, candidate=candidate,
         runs=[Path(r) for r in args.run or []], commands=[command], title=args.title,
     )  # fmt: skip
     output.result({"report": args.out, "verdict": comparison["verdict"]}, args.out)

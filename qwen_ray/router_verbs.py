@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ray.data.records import Record
 from qwen_ray.errors import EXIT_OK, UserError, did_you_mean
+from qwen_ray.fsio import output_path
 from qwen_ray.options import example, group, pairs, positive, verb
 from qwen_ray.verbs import Output
 
@@ -67,6 +68,7 @@ def train(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.routing.router import Router
     from qwen_ray.routing.training import check
 
+    out = output_path(args.out, folder=True)
     adapters: dict[str, str | None] = {**pairs(args.adapter or [], "--adapter", "DOMAIN=NAME")}
     names = ("method", "false_accepts", "without", "examples")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -80,7 +82,7 @@ def train(args: argparse.Namespace, output: Output) -> int:
         seed=args.seed,
         **settings,
     )
-    router.save(Path(args.out))
+    router.save(out)
     about = router.describe()
     lines = [f"{'domain':16}{'answered by':16}{'examples':>9}{'recall on held-out':>20}"]
     lines += [

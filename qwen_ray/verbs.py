@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -32,6 +34,15 @@ class Output:
         print(text, file=sys.stderr, flush=True)
 
 
+@contextmanager
+def going_on(again: Callable[[], str] = lambda: "the same command goes on") -> Iterator[None]:
+    """Work that may be interrupted: then ``again`` says what the same command would do."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(again()) from None
+
+
 def demo(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.demo import run_demo, summary
 
@@ -54,11 +65,21 @@ def train(args: argparse.Namespace, output: Output) -> int:
     if args.dry_run:
         output.result(config.model_dump(mode="json"), config.to_yaml().rstrip())
         return EXIT_OK
+    from qwen_ray.fsio import output_path
+    from qwen_ray.training.checkpoint import complete
     from qwen_ray.training.driver import ProgressBar, run_training
+    from qwen_ray.training.worker import CHECKPOINTS
+
+    out = output_path(config.out, folder=True).expanduser()
+
+    def again() -> str:
+        kept = complete(out / CHECKPOINTS)
+        return "the same command goes on from the last checkpoint" if kept else "there is no checkpoint yet"
 
     bar = ProgressBar()
     try:
-        run = run_training(config, progress=bar)
+        with going_on(again):
+            run = run_training(config, progress=bar)
     finally:
         bar.close()
     value = {
@@ -93,7 +114,11 @@ def plan(args: argparse.Namespace, output: Output) -> int:
     machine = hardware(
         args.gpu, gpus_per_node=args.gpus, nodes=args.nodes, price=args.price, network=args.network
     )
+    if config.cluster.workers is None:  # as train --workers with a worker for each GPU would have it
+        config.cluster.workers = machine.gpus
     tokens = args.tokens
+    if tokens is not None and not 0 < tokens < math.inf:
+        raise UserError(f"{tokens:g} tokens cannot be trained on", where="--tokens")
     files = [Path(file) for file in args.data or config.data.train]
     if tokens is None and files:
         tokens = count_tokens(files, config.model.name, max_length=config.data.max_length)
@@ -121,14 +146,16 @@ def compare(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.evaluation.gate import given_gate
     from qwen_ray.evaluation.harness import read_result
     from qwen_ray.evaluation.report_text import comparison_table
-    from qwen_ray.fsio import write_json
+    from qwen_ray.fsio import output_path, write_json
 
+    if args.out is not None:
+        output_path(args.out, inputs=[args.baseline, args.candidate])
     gate = given_gate(args.gate, min_gain=args.min_gain, tolerance=args.tolerance)
     targets = args.targets.split(",") if args.targets else None
     comparison = compare(
         read_result(Path(args.baseline)), read_result(Path(args.candidate)), gate, targets=targets
     )
-    if args.out:
+    if args.out is not None:
         write_json(Path(args.out), comparison)
     output.result(comparison, comparison_table(comparison))
     return EXIT_OK if comparison["verdict"] == "promote" else EXIT_GATE_SAID_NO

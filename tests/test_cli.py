@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import json
+import os
 import re
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
-from qwen_ray.cli import build_parser
+from qwen_ray.cli import build_parser, of_the_machine
 from qwen_ray.config import reference
+from qwen_ray.errors import UserError
+from qwen_ray.fsio import sha256_file, write_json
+from qwen_ray.verbs import Output
 from tests.conftest import ROOT
 from tests.evaluation.test_compare import result, right
 
@@ -135,9 +144,12 @@ def test_compare_promotes_with_0_and_refuses_with_3(results: Path) -> None:
 
 def test_compare_names_what_is_no_result(results: Path) -> None:
     (results / "other.json").write_text("{}")
-    for file, message in (("other.json", "not a result of"), ("missing.json", "no such file")):
+    too_long = "x" * 300  # the system refuses it
+    files = {"other.json": "not a result of", "missing.json": "no such file", too_long: "File name too long"}
+    for file, message in files.items():
         done = qwen_ray("compare", "before.json", file, cwd=results)
         assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
         assert message in done.stderr
         assert file in done.stderr
 
@@ -150,3 +162,75 @@ def test_dry_run_prints_the_whole_configuration_and_starts_nothing(tmp_path: Pat
     assert config["cluster"]["workers"] == 8
     assert config["optim"]["learning_rate"] == 2e-4
     assert not out.exists()
+
+
+def test_compare_does_not_write_over_what_it_reads(results: Path) -> None:
+    words = ["compare", "before.json", "after.json", "--out", "after.json"]
+    args = build_parser().parse_args([str(results / w) if w.endswith(".json") else w for w in words])
+    before = sha256_file(results / "after.json")
+    with pytest.raises(UserError, match="this is what is read"):
+        args.verb(args, Output(io.StringIO(), as_json=False))
+    assert sha256_file(results / "after.json") == before
+
+
+def damaged(folder: Path) -> None:
+    (folder / "a.safetensors").write_bytes(b"no tensors")
+    load_file(folder / "a.safetensors")
+
+
+def full(_folder: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("act", "status", "words"),
+    [
+        (lambda folder: (folder / "a").read_text(), 400, "/a: No such file"),
+        (lambda folder: folder.read_text(), 400, "Is a directory"),
+        (lambda folder: folder.mkdir(), 400, "File exists"),
+        (lambda folder: (folder / ("a" * 300)).touch(), 400, "File name too long"),
+        (lambda folder: shutil.copyfile(folder / "a", folder / "b"), 400, "/a: No such file"),
+        (lambda folder: folder.rename(folder / "a"), 503, "/a: Invalid argument"),
+        (full, 503, "No space left on device"),
+        (damaged, 503, "header"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_message(
+    act: Callable[[Path], object], status: int, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Exception) as e:  # noqa: PT011 - each of its own kind
+        act(tmp_path)
+    told = of_the_machine(e.value)
+    assert told is not None
+    assert told.status == status
+    assert words in str(told)
+    assert told.fix
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
+    for act in (
+        lambda: socket.create_connection(("127.0.0.1", 1), timeout=1),
+        lambda: int("x"),
+        lambda: os.close(-1),
+    ):
+        with pytest.raises((OSError, ValueError)) as e:
+            act()
+        assert of_the_machine(e.value) is None
+
+
+def test_an_interrupted_run_says_whether_it_would_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_args: object, **_named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwen_ray.training.driver.run_training", interrupted)
+    args = build_parser().parse_args(["train", "--model", "tiny", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt, match="no checkpoint yet"):
+        args.verb(args, Output(io.StringIO(), as_json=False))
+    write_json(tmp_path / "checkpoints" / "step-00000002" / "manifest.json", {})
+    with pytest.raises(KeyboardInterrupt, match="goes on from the last checkpoint"):
+        args.verb(args, Output(io.StringIO(), as_json=False))
+    args = build_parser().parse_args(["train", "--model", "tiny", "--out", ""])
+    with pytest.raises(UserError, match="no name given"):
+        args.verb(args, Output(io.StringIO(), as_json=False))

@@ -56,12 +56,28 @@ from qwen_ray.errors import UserError
             },
             "for each chunk",
         ),
+        (
+            {"strategy.name": "deepspeed", "strategy.zero_stage": 3, "method.targets": ["q_proj", ".*_head"]},
+            "for each chunk",
+        ),
         ({"method.name": "qlora", "method.init": "pissa"}, "rounded a second time"),
         ({"method.name": "qlora", "method.init": "olora"}, "rounded a second time"),
         ({"method.init": "pissa", "strategy.name": "fsdp"}, "every rank would"),
         (
             {"method.init": "olora", "strategy.name": "deepspeed", "strategy.zero_stage": 3},
             "every rank would",
+        ),
+        ({"strategy.name": "ddp", "strategy.offload_optimizer": "cpu"}, "ddp would ignore offload_optimizer"),
+        ({"strategy.name": "fsdp", "strategy.zero_stage": 3}, "fsdp would ignore zero_stage=3"),
+        ({"strategy.offload_parameters": "cpu", "cluster.workers": 0}, "in this process auto is ddp"),
+        (
+            {
+                "strategy.name": "deepspeed",
+                "optim.name": "adamw_8bit",
+                "cluster.workers": 2,
+                "cluster.min_workers": 1,
+            },
+            "another number of workers",
         ),
     ],
 )
@@ -79,11 +95,38 @@ def test_unsound_combinations_are_refused(sets: dict[str, Any], match: str) -> N
         {"method.name": "qlora", "method.dora": True, "strategy.name": "ddp"},
         {"method.name": "qlora", "strategy.name": "deepspeed", "strategy.zero_stage": 2},
         {"method.dora": True, "strategy.name": "fsdp"},
+        {"strategy.name": "deepspeed", "strategy.zero_stage": 3, "method.targets": ["head", ".*_proj"]},
         {"method.name": "qlora", "strategy.name": "auto"},
+        {"strategy.offload_parameters": "cpu", "strategy.zero_stage": 3, "cluster.workers": 1},
+        {
+            "strategy.name": "deepspeed",
+            "optim.name": "adamw_8bit",
+            "cluster.workers": 2,
+            "cluster.min_workers": 2,
+        },
     ],
 )
 def test_sound_ones_pass(sets: dict[str, Any]) -> None:
     combinations.check(_config(sets))
+
+
+@pytest.mark.parametrize(
+    ("workers", "sets", "refused"),
+    [
+        (2, {}, True),
+        (3, {}, False),
+        (2, {"strategy.zero_stage": 1}, True),
+        (2, {"strategy.zero_stage": 3}, False),
+        (2, {"strategy.name": "ddp"}, False),
+        (2, {"optim.name": "adamw"}, False),
+    ],
+)
+def test_pieces_of_eight_bit_state_are_counted_in_32_bits(
+    workers: int, sets: dict[str, Any], refused: bool
+) -> None:
+    config = _config({"strategy.name": "deepspeed", "optim.name": "adamw_8bit", **sets})
+    assert bool(combinations.oversize(config, 2**32, workers)) == refused
+    assert not combinations.oversize(config, 2**32 - 2, workers)
 
 
 def _config(sets: dict[str, Any]) -> RunConfig:

@@ -51,6 +51,16 @@ def test_layers_override_in_order(tmp_path: Path) -> None:
         ("cluster.labels.gpu=!h100", "no value of a label", ""),
         ("cluster={workers: 0, labels: {gpu: h100}}", "workers is 0", ""),
         ("cluster={min_workers: 1, labels: {gpu: h100}}", "either labels or min_workers", ""),
+        ("cluster={workers: 2, min_workers: 3}", "is 2, and min_workers is 3", ""),
+        ("cluster={workers: 0, min_workers: 1}", "is 0, and min_workers is 1", ""),
+        ("cluster.min_workers=1", "is not given, and min_workers is 1", ""),
+        ("cluster.gpus_per_worker=2", "a worker drives one GPU", ""),
+        ("cluster.gpus_per_worker=0.5", "a worker drives one GPU", ""),
+        ("optim.max_grad_norm=.inf", "finite", ""),
+        ("data.weights.biology=.nan", "finite", ""),
+        ("optim.betas=[1.0, 0.9]", "'optim.betas.0'", ""),
+        ("optim.betas=[0.9, -0.1]", "'optim.betas.1'", ""),
+        ("method.targets=[]", "needs a layer", ""),
         ("learning rate", "not key=value", "--set"),
         ("out=s3://bucket/run", "URI", ""),
     ],
@@ -61,6 +71,22 @@ def test_bad_settings_are_refused_in_words(item: str, message: str, fix: str) ->
     assert message in e.value.what
     assert fix in e.value.fix
     assert item in e.value.where or e.value.where in ("--set", "configuration")
+
+
+@pytest.mark.parametrize(
+    ("key", "option"),
+    [
+        ("method.name", "--method"),
+        ("data.train", "--data"),
+        ("data.max_length", "--sequence-length"),
+        ("optim.max_steps", "--steps"),
+        ("cluster.workers", "--workers"),
+    ],
+)
+def test_a_bad_option_is_named_as_it_is_typed(key: str, option: str) -> None:
+    with pytest.raises(UserError) as e:
+        build_config(flags={key: {"no": "value"}})
+    assert e.value.where == option
 
 
 def test_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:

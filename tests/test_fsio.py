@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from qwen_ray.fsio import new_folder
+from qwen_ray.errors import UserError
+from qwen_ray.fsio import new_folder, output_path, read_json, write_text
 
 
 def test_a_new_folder_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
@@ -32,3 +36,84 @@ def test_a_folder_that_is_there_is_not_replaced(tmp_path: Path) -> None:
         (staging / "file").touch()
     assert os.listdir(tmp_path) == ["b"]
     assert os.listdir(tmp_path / "b") == ["mine"]
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: a file, an empty folder, one with a file, and a link to the file."""
+    for folder in ("empty", "notes"):
+        (tmp_path / folder).mkdir()
+    for file in ("own.csv", "notes/a.md"):
+        (tmp_path / file).write_text("mine")
+    (tmp_path / "link.csv").symlink_to("own.csv")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "folder", "message"),
+    [
+        ("", False, "no name given"),
+        ("", True, "no name given"),
+        ("empty", False, "this is a folder"),
+        ("/dev/null", False, "this is a device"),
+        ("own.csv", True, "this is a file"),
+        ("own.csv/x/y.json", False, "own.csv is no folder"),
+        ("own.csv/x", True, "own.csv is no folder"),
+        ("own.csv", False, "this is what is read"),
+        ("./empty/../own.csv", False, "this is what is read"),
+        ("link.csv", False, "this is what is read"),
+        ("notes/new/b.csv", False, "this is in notes, which is read"),
+    ],
+)
+@pytest.mark.usefixtures("places")
+def test_a_bad_output_is_refused(path: str, folder: bool, message: str) -> None:
+    with pytest.raises(UserError, match=message) as e:
+        output_path(path, folder=folder, inputs=["own.csv", Path("notes"), "hub/name"])
+    assert e.value.where == (path or "--out")
+    assert e.value.fix
+
+
+@pytest.mark.usefixtures("places")
+def test_a_good_output_is_left_to_be_written() -> None:
+    for path, folder in (("new.csv", False), ("a/b/new.csv", False), ("empty", True), ("a/b", True)):
+        assert output_path(path, folder=folder, inputs=["own.csv", "notes"]) == Path(path)
+    assert output_path("own.csv", inputs=["other.csv"]) == Path("own.csv")  # a result is written again
+    assert not Path("a").exists()
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """As a user who may not do everything."""
+    user = os.getresuid()
+    if user[1] == 0:
+        os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(*user)
+
+
+def test_what_may_not_be_read_or_written_is_named(places: Path) -> None:
+    (places / "own.csv").chmod(0)
+    places.chmod(0o555)
+    try:
+        with nobody():
+            for path, folder in ((places / "a" / "b.csv", False), (places / "a", True)):
+                with pytest.raises(UserError, match="nothing may be written in"):
+                    output_path(path, folder=folder)
+            with pytest.raises(UserError):
+                read_json(places / "own.csv")
+    finally:
+        places.chmod(0o755)
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as e:
+        write_text(tmp_path / "a.json", "{}")
+    assert e.value.filename == str(tmp_path / "a.json")
+    assert os.listdir(tmp_path) == []

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from qwen_ray import registry_verbs, watch_verbs
 from qwen_ray.errors import EXIT_GATE_SAID_NO, EXIT_OK, UserError
@@ -46,12 +49,16 @@ def run(place: str) -> Run:
     return run
 
 
+def weights(value: float) -> bytes:
+    return save({"lora_magnitude_vector": torch.tensor([1.0, value])})
+
+
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
-    (folder / "adapter_model.safetensors").write_bytes(b"1")
+    (folder / "adapter_model.safetensors").write_bytes(weights(1))
     (folder / "lineage.json").write_text(json.dumps(LINEAGE))
     return folder
 
@@ -59,8 +66,8 @@ def adapter(tmp_path: Path) -> Path:
 @pytest.fixture
 def two(place: str, adapter: Path, run: Run) -> Registry:
     """Version 1 in production, version 2 the candidate."""
-    for weights in (b"1", b"2"):
-        (adapter / "adapter_model.safetensors").write_bytes(weights)
+    for value in (1, 2):
+        (adapter / "adapter_model.safetensors").write_bytes(weights(value))
         run("add", "bio", str(adapter))
     registry = Registry(place)
     registry.point("bio", PRODUCTION, 1, reason="first")
@@ -80,6 +87,24 @@ def test_add_and_list(run: Run, adapter: Path) -> None:
     (adapter / "lineage.json").write_text("[]")
     with pytest.raises(UserError, match="no base fingerprint"):
         run("add", "bio", str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(weights(math.nan), "NaN or infinity"), (weights(-math.inf), "NaN or infinity"), (b"1", "damaged")],
+)
+def test_broken_weights_are_neither_added_nor_promoted(
+    run: Run, place: str, adapter: Path, data: bytes, message: str
+) -> None:
+    (adapter / "adapter_model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        run("add", "bio", str(adapter))
+    registry = Registry(place)
+    assert registry.names() == []
+    registry.publish("bio", adapter, LINEAGE)  # as another program may have
+    with pytest.raises(UserError, match=message):
+        run("promote", "bio@1", "--override", "--reason", "why not")
+    assert registry.aliases("bio") == {}
 
 
 def test_promote_asks_what_the_gate_said(run: Run, two: Registry, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +229,6 @@ def test_archive_gc_and_rollback(run: Run, two: Registry) -> None:
 
 
 def test_import_and_export(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import torch
     from safetensors.torch import save_file
 
     folder = tmp_path / "out"

@@ -86,6 +86,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "these trials have none",
         "run.cluster.workers=1",
     ),
+    "a benchmark that is not there": (
+        {"objective": {"targets": ["sums"], "confirm": {"suite": "tinny"}}},
+        "objective.confirm.suite: unknown suite 'tinny'",
+        "did you mean 'tiny'?",
+    ),
+    "a benchmark without its files": (
+        {"objective": {"targets": ["sums"], "confirm": {"suite": "guide", "data_dir": "/nowhere"}}},
+        "objective.confirm.data_dir: /nowhere: no such folder",
+        "docs/evaluation.md",
+    ),
     "data that are not there": (
         {"run": {"data": {"train": ["/nowhere/a.jsonl"]}}},
         "no such",
@@ -102,6 +112,17 @@ def test_a_bad_sweep_is_refused_before_anything_starts(tmp_path: Path, case: str
     for words in said:
         assert words in str(error.value)
     assert not (tmp_path / "out" / "sweep.json").exists()
+
+
+def test_a_dry_run_knows_the_benchmarks(tmp_path: Path) -> None:
+    def file(**confirm: str) -> str:
+        return written(tmp_path, objective={"targets": ["sums"], "confirm": confirm})
+
+    with pytest.raises(UserError, match="unknown suite 'tinny'"):
+        sweep(file(suite="tinny"), "--dry-run")
+    missing = f"The sweep needs {tmp_path / 'none'} (objective.confirm.data_dir), and it is not there."
+    assert missing in sweep(file(data_dir=str(tmp_path / "none")), "--dry-run")[1]
+    assert "The sweep needs" not in sweep(file(data_dir=str(tmp_path)), "--dry-run")[1]
 
 
 def test_a_folder_is_free_or_holds_a_sweep_to_resume(tmp_path: Path) -> None:

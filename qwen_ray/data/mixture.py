@@ -100,8 +100,12 @@ class Mixture:
         self._limit_costs: dict[str, int] = {}
         for domain, epochs in (max_epochs or {}).items():
             self._limit(domain, epochs, have=sizes)
+        self.curriculum = curriculum
         self.needs_length = len(self.stages) > 1 or curriculum != "shuffled"
         """Whether the order depends on the length of the run."""
+        free = [d for d in self.shares if d not in self.limits] or self.shares
+        self._first_round = max(free, key=lambda d: self.shares[d] / self.costs[d])
+        """The domain that repeats its examples first, of those without a limit if there are any."""
         self._served = dict.fromkeys(self.shares, 0)
         self._drawn = dict.fromkeys(self.shares, 0)
         self._total = 0
@@ -177,6 +181,12 @@ class Mixture:
     def drawn(self) -> int:
         """Number of examples drawn so far."""
         return sum(self._drawn.values())
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which phase the next draw is in, and which pass of the domain that repeats first."""
+        size = len(self._sizes[self._first_round])
+        return bisect_right(self._starts, self._total), self._drawn[self._first_round] // size
 
     @property
     def used_up(self) -> bool:

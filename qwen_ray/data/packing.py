@@ -13,13 +13,21 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qwen_ray.data.mixture import Mixture, UsedUp
+from qwen_ray.data.order import NEIGHBOURHOOD
 from qwen_ray.data.tokenise import IGNORE, Example
 
 if TYPE_CHECKING:
     import torch
+
+
+PLANNED = 3
+"""How often a run of so many rows is laid out to see what they hold: it moves the stages, and so the rows."""
+FEW = 8
+"""A window of less than this part of its rows does not end with a pass or phase: half a row stays empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +56,10 @@ class RowStream:
 
     With packing, examples are drawn in the mixture's order until no more fit into ``window`` rows, packed by
     best fit (:func:`pack`), and given out in a shuffled order, so that a row's size does not depend on when
-    it comes. Every example drawn is in exactly one row. The state is the mixture's at the start of the
-    window and the number of rows given out since; the window is made anew from it.
+    it comes. Every example drawn is in exactly one row. A window ends with a pass and with a phase of the
+    mixture, but for a few rows, and is small beside a pass that a curriculum orders: else a small data set's
+    passes, stages or whole curriculum would be one window, in any order. The state is the mixture's at the
+    start of the window and the number of rows given out since; the window is made anew from it.
 
     Without packing a row is one example, and there is no window.
 
@@ -98,9 +108,10 @@ class RowStream:
                 rows += 1
         else:
             if mixture.needs_length:
-                mixture.plan(rows / self._rows_a_cost())
-                self._skip(rows)  # rows are not quite full; how full shows when they are made
-                mixture.plan(self._served)
+                mixture.plan(rows / self._rows_a_cost)
+                for _ in range(PLANNED):  # rows are not quite full; how full shows when they are made
+                    self._skip(rows)
+                    mixture.plan(self._served)
             if mixture.limits:
                 rows = self._skip(rows)
         self.load_state(state)
@@ -158,6 +169,7 @@ class RowStream:
         for _ in range(state.get("given", 0)):
             self._next_draws()
 
+    @cached_property
     def _rows_a_cost(self) -> float:
         """Rows that a unit of cost makes over the whole run, if they are full."""
         mixture, total = self.mixture, 0.0
@@ -181,28 +193,37 @@ class RowStream:
                 return n
         return rows
 
-    def _open_window(self) -> None:
-        """Draw and pack the longest run of examples that fits into the window's rows."""
+    def _window_rows(self) -> int:
+        """Rows of a window. Beside a pass in a curriculum's order it moves examples no further than that."""
         mixture = self.mixture
+        if mixture.curriculum == "shuffled":
+            return self._window
+        rows = min(mixture.pass_length, mixture.total) * self._rows_a_cost
+        return max(1, min(self._window, int(NEIGHBOURHOOD * rows)))
+
+    def _open_window(self) -> None:
+        """Draw and pack the longest run of examples of one part that fits into the window's rows."""
+        mixture, window = self.mixture, self._window_rows()
         if mixture.used_up:
             raise UsedUp
-        self._start, first = mixture.state(), mixture.drawn
-        room = self._window * self._max_length
+        self._start, first, part = mixture.state(), mixture.drawn, mixture.part
+        room = window * self._max_length
+        few = room - room // FEW  # room that is left while a window is too small to end early
         drawn: list[tuple[str, int]] = []
         lengths: list[int] = []
         while not mixture.used_up and (self._end is None or first >= self._end or mixture.drawn < self._end):
             domain, index = mixture.peek()
             length = self._lengths[domain][index]
-            if drawn and length > room:
+            if drawn and (length > room or (room <= few and mixture.part != part)):
                 break
             room -= length
             drawn.append(mixture.draw())
             lengths.append(length)
         bins = best_fit(lengths, self._max_length)
-        while len(bins) > self._window:
+        while len(bins) > window:
             # A row too many, mostly of a few tokens. It would be nearly empty, so about as many tokens as it
             # holds go back to the mixture, last drawn first.
-            over = sorted(sum(lengths[i] for i in b) for b in bins)[: len(bins) - self._window]
+            over = sorted(sum(lengths[i] for i in b) for b in bins)[: len(bins) - window]
             excess = sum(over)
             while excess > 0:
                 excess -= lengths.pop()

@@ -32,7 +32,8 @@ def evaluate(
     """Run every task of ``suite`` on an lm-eval ``LM`` and return an EvalResult (JSON-ready).
 
     ``limit`` is the number of items of each task; ``num_fewshot`` overrides the tasks' own. Raises
-    :class:`UserError` where a category names a filter or a metric that its tasks do not have.
+    :class:`UserError` where a category names a filter or a metric that its tasks do not have, and for more
+    examples than a task has to show.
     """
     import lm_eval
 
@@ -42,6 +43,8 @@ def evaluate(
     names = [task for category in suite.categories for task in category.tasks]
     tasks = manager.load(names)["tasks"]
     _check_scores(suite, tasks)
+    if num_fewshot is not None:
+        _check_fewshot(num_fewshot, tasks)
     # It would note the git commit of whatever folder this runs in, and spend seconds on facts of the machine.
     with (
         patch("lm_eval.evaluator.get_git_commit_hash", return_value=None),
@@ -114,6 +117,25 @@ def _check_scores(suite: Suite, tasks: dict[str, Any]) -> None:
                     where=f"{where}.metric",
                     fix=did_you_mean(category.metric, metrics),
                 )
+
+
+def _check_fewshot(asked: int, tasks: dict[str, Any]) -> None:
+    """lm-eval keeps to a task's own 0, whatever is asked for, and fails midway for want of examples."""
+    where = f"--fewshot {asked}"
+    if asked < 0:
+        raise UserError("a negative number of solved examples", where=where, fix="give 0 or more")
+    for name, task in tasks.items():
+        if asked and task.config.num_fewshot == 0:
+            raise UserError(
+                f"'{name}' is always asked without solved examples",
+                where=where,
+                fix="leave it out, or give 0",
+            )
+        # Where they are of the items themselves, the item that is asked is none of them.
+        own = task.fewshot_cfg.split == task.config.test_split
+        most = len(task.sampler.df) - own
+        if asked > most:
+            raise UserError(f"'{name}' has {most} solved examples", where=where, fix=f"give {most} or fewer")
 
 
 def _items(category: Category, samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -98,6 +98,7 @@ class ForgettingMonitor:
         self.baseline_step = 0
         self.best_step = 0
         self._best_score = 0.0
+        self._best_before = (0, 0.0)
 
     @property
     def started(self) -> bool:
@@ -115,6 +116,7 @@ class ForgettingMonitor:
             self.baseline = {result["suite"]: _compact(result) for result in results}
             self.baseline_step = self.best_step = step
             self._best_score = _target_mean(results)
+            self._best_before = (step, self._best_score)
             return Verdict(step, "none", (), step, self._worst(results), self._baseline_message())
         fallen = tuple(
             Fall(
@@ -131,11 +133,16 @@ class ForgettingMonitor:
         )
         score = _target_mean(results)
         if not fallen and score >= self._best_score:
+            self._best_before = (self.best_step, self._best_score)
             self.best_step, self._best_score = step, score
         action = self.action if fallen else "none"
         return Verdict(
             step, action, fallen, self.best_step, self._worst(results), self._message(step, fallen)
         )
+
+    def take_back(self) -> None:
+        """The newest best step has no checkpoint to go back to: the one before it is the best again."""
+        self.best_step, self._best_score = self._best_before
 
     def metrics(self, *results: Result) -> dict[str, float]:
         """Flat rows for the log: :func:`metrics` of each, and ``forgetting/worst`` as in :class:`Verdict`."""
@@ -163,6 +170,7 @@ class ForgettingMonitor:
         self.baseline = dict(state["baseline"])
         self.baseline_step, self.best_step = int(state["baseline_step"]), int(state["best_step"])
         self._best_score = float(state["best_score"])
+        self._best_before = (self.best_step, self._best_score)
 
     # -- comparing
 

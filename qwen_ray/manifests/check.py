@@ -31,22 +31,12 @@ from qwen_ray.manifests.load import Loaded, load
 from qwen_ray.manifests.objects import Manifest, Part, cluster, job, pods
 
 Profile = Literal["api", "production"]
-RULE_MODULES = (
-    entry_points,
-    hardening,
-    launcher,
-    pod_rules,
-    production,
-    queues,
-    ray_cluster,
-    ray_job,
-    ray_options,
-)
 
 
 def rule_names(*modules: ModuleType) -> set[str]:
-    """Names of the rules in these modules (default: all of :data:`RULE_MODULES`)."""
-    values = [value for module in modules or RULE_MODULES for value in vars(module).values()]
+    """Names of the rules in these modules; without any, of all the rules that are checked here."""
+    asked = modules or [found for found in globals().values() if isinstance(found, ModuleType)]
+    values = [value for module in asked for value in vars(module).values()]
     return {name for rules in values if isinstance(rules, Rules) for name in rules.names()}
 
 

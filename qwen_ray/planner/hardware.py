@@ -9,6 +9,7 @@ later, of 200 Gb/s for A100 80 GB, else a usual 100 Gb/s a node.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from qwen_ray.errors import UserError, did_you_mean
@@ -148,8 +149,8 @@ def hardware(
         raise UserError(f"unknown GPU '{gpu}'", where="--gpu", fix=did_you_mean(gpu, GPUS))
     if gpus_per_node < 1 or nodes < 1:
         raise UserError("there must be at least one GPU and one node", where="--gpus, --nodes")
-    if price is not None and price < 0:
-        raise UserError(f"a price cannot be negative ({price:g})", where="--price")
+    if price is not None and not 0 <= price < math.inf:
+        raise UserError(f"a price is a number from 0 on, not {price:g}", where="--price")
     if network is not None and not network > 0:
         raise UserError(f"a network that carries {network:g} Gb/s trains nothing", where="--network")
     chosen = GPUS[gpu]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_ray.combinations import unsound
+from qwen_ray.combinations import of_deepspeed, oversize, unsound
 from qwen_ray.config import RunConfig
 from qwen_ray.planner import memory, programs, speed
 from qwen_ray.planner.hardware import Hardware
@@ -67,8 +67,9 @@ def layouts(
 ) -> Iterator[Layout]:
     """Every layout of ``config`` on ``hardware`` with the same rows a step.
 
-    What the configuration has decided stays: a named strategy, checkpointing that is on. ``keep_batch``:
-    keep the batch size too. The step's rows are those of ``config`` on its own number of workers.
+    What the configuration has decided stays: a named strategy, DeepSpeed's stage and offloads, checkpointing
+    that is on. ``keep_batch``: keep the batch size too. The step's rows are those of ``config`` on its own
+    number of workers.
     """
     each = -(-config.rows_a_step // hardware.gpus)
     batches = (config.optim.batch_size,) if keep_batch else tuple(b for b in _BATCHES if each % b == 0)
@@ -116,6 +117,11 @@ def _strategies(config: RunConfig, hardware: Hardware, *, offload: bool) -> Iter
     if named.name != "auto":
         yield {"name": named.name}
         return
+    asked = of_deepspeed(named)
+    if asked:
+        for stage in (named.zero_stage,) if "zero_stage" in asked else (2, 3):
+            yield {"name": "deepspeed", "zero_stage": stage}
+        return
     yield {"name": "ddp"}
     if hardware.gpus > 1:
         yield {"name": "fsdp"}
@@ -139,6 +145,10 @@ def _refusal(config: RunConfig, shape: Shape, hardware: Hardware, need: Memory) 
         return why
     if config.data.max_length > shape.context:
         return f"the model was made for {shape.context} tokens"
+    trained = shape.parameters if config.method.name == "full" else shape.adapter(config.method)
+    why = oversize(config, trained, hardware.gpus)
+    if why:
+        return why
     room = hardware.gpu.memory * USABLE
     if need.total > room:
         return f"needs {need.total / 1e9:.1f} GB of {room / 1e9:.1f}"

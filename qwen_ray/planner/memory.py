@@ -2,10 +2,12 @@
 
 A :class:`Program` describes what is kept, in which format, in how many shards. Nothing in it is fitted: each
 number follows from the operations of the model and the documented behaviour of the program. The peak is the
-largest of three moments:
+largest of five moments:
 
+- ``forward``: the last layer's forward pass: all kept activations, and what the layer makes on the side.
 - ``head``: the forward pass is done and the head's backward has begun: all kept activations, the logits.
 - ``layer``: the end of the backward pass: all gradients, one layer recomputed, its buffers.
+- ``end``: all gradients, and what is exchanged of those outside of the layers.
 - ``step``: the optimizer's update: all gradients and what the update makes on the side.
 
 Sizes are in bytes, for one GPU.
@@ -36,6 +38,9 @@ class Saved:
     kv: float
     i: float
 
+    def __add__(self, other: Saved) -> Saved:
+        return Saved(self.h + other.h, self.q + other.q, self.kv + other.kv, self.i + other.i)
+
     def bytes(self, shape: Shape) -> float:
         return self.h * shape.hidden + self.q * shape.q + self.kv * shape.kv + self.i * shape.intermediate
 
@@ -60,6 +65,13 @@ COMPILED = Saved(h=8, q=4, kv=4, i=6)
 as its partitioner chooses (counted with torch 2.13)."""
 COMPILED_AUTOCAST = Saved(h=10, q=4, kv=4, i=6)
 """The second, or an adapter, under torch.compile."""
+COMPILED_DROPOUT = COMPILED_AUTOCAST + Saved(h=3 * 2 + 5, q=1, kv=0, i=1)
+"""An adapter with dropout under torch.compile: the masks, and q, k, v, gate and up share no input now."""
+DORA = Saved(h=2 * 4, q=4, kv=2 * 4, i=2 * 4)
+"""What DoRA keeps beside its LoRA: of each of the seven outputs the base's and the adapter's part."""
+DORA_COMPILED = DORA + Saved(h=3 * 2, q=0, kv=0, i=2)
+"""The same under torch.compile (counted with torch 2.13). With dropout it keeps three inputs fewer, which is
+left out of account."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,10 @@ class Program:
     stream: float = 2.0
     """Of the residual stream, which is what checkpointing keeps of a layer."""
     saved: Saved = FULL_BF16
+    kept_weights: float = 0.0
+    """Bytes that a layer keeps of copies of its weights, however many tokens there are."""
+    forward_buffers: float = 0.0
+    """Bytes that a layer's forward pass makes on the side and frees."""
     checkpointing: bool = False
     offload: bool = False
     """Kept activations wait in host memory."""
@@ -154,16 +170,21 @@ def predict(shape: Shape, program: Program, tokens: int) -> Memory:
         "buffers": p.buckets + p.gathered,
         "context": p.context + p.communicator,
     }
-    layer = p.saved.bytes(shape) * tokens
+    layer = p.saved.bytes(shape) * tokens + p.kept_weights
     inputs = p.stream * shape.hidden * tokens
     # What the backward pass of a layer makes: gradients of the three inner MLP values and of a norm.
     working = layer + (6 * shape.intermediate + 4 * shape.hidden) * tokens
     kept = shape.layers * (inputs if p.checkpointing else layer)
     on_gpu = 2 * (inputs if p.checkpointing else layer) if p.offload else kept
     hidden = 2 * inputs  # of the final norm: the head's input and its gradient
-    head = {
+    forward = {
         **base,
         "gradients": gradients if p.gradients_stay else 0.0,
+        "activations": on_gpu,
+        "buffers": base["buffers"] + p.autocast + p.forward_buffers,
+    }
+    head = {
+        **forward,
         "activations": on_gpu + hidden,
         "logits": p.logits * shape.vocabulary * tokens + p.logits_fixed,
         "buffers": base["buffers"] + p.autocast + p.head,
@@ -173,10 +194,12 @@ def predict(shape: Shape, program: Program, tokens: int) -> Memory:
         "activations": working + inputs,
         "buffers": base["buffers"] + p.layer_buffers + (p.head if p.step_in_backward else 0.0),
     }
+    if p.checkpointing:  # the layer's forward pass once more
+        backward["buffers"] += p.forward_buffers
     end = {**base, "activations": inputs, "buffers": base["buffers"] + p.end_buffers}
     side = p.step * min(p.trained / p.optimizer_shards, p.step_limit) * (not p.optimizer_on_host)
     step = {**base, "buffers": base["buffers"] + side}
-    moments = {"head": head, "layer": backward, "end": end, "step": step}
+    moments = {"forward": forward, "head": head, "layer": backward, "end": end, "step": step}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     moved = kept if p.offload else 0.0
     return Memory(moments[moment], moment, p.host + moved, moved)

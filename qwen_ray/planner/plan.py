@@ -180,6 +180,8 @@ def _advice(config: RunConfig, hardware: Hardware, shape: Shape) -> tuple[str, .
     found: list[str] = []
     changes: list[tuple[str, Callable[[RunConfig], None]]] = [
         ("strategy.name=auto", lambda c: setattr(c.strategy, "name", "auto")),
+        ("strategy.zero_stage=2", lambda c: setattr(c.strategy, "zero_stage", 2)),
+        ("strategy.zero_stage=3", lambda c: setattr(c.strategy, "zero_stage", 3)),
         ("optim.name=adamw_8bit", lambda c: setattr(c.optim, "name", "adamw_8bit")),
         ("precision=pure_bf16", lambda c: setattr(c, "precision", "pure_bf16")),
         ("method.name=lora", lambda c: setattr(c.method, "name", "lora")),

@@ -9,8 +9,11 @@ from qwen_ray.planner.memory import (
     COMMUNICATOR,
     COMPILED,
     COMPILED_AUTOCAST,
+    COMPILED_DROPOUT,
     CONTEXT,
     CONTEXT_EAGER,
+    DORA,
+    DORA_COMPILED,
     FULL_AUTOCAST,
     FULL_BF16,
     LORA,
@@ -57,11 +60,17 @@ def ours(config: RunConfig, shape: Shape, workers: int) -> Program:
     elif method.name == "qlora":
         frozen = shape.matrices * four_bit(method.double_quantization)
         frozen += (shape.parameters - shape.matrices) * narrow
+    kept_weights = side = 0.0
+    if method.name != "full" and method.dora:
+        # Only ddp leaves the adapter in the optimizer's format while it computes.
+        kept_weights, side = dora_bytes(config, shape, master if strategy.name == "ddp" else narrow, narrow)
     common: dict[str, Any] = {
         "name": "qwen-ray",
         "trained": shape.parameters if full else shape.adapter(method),
         "frozen": frozen,
         "saved": _saved(config, master > narrow),
+        "kept_weights": kept_weights,
+        "forward_buffers": side,
         "checkpointing": compute.activation_checkpointing,
         "offload": compute.activation_offload,
         # The product, then its float32 softmax and 16-bit gradient. A head that is gathered for each forward
@@ -106,15 +115,37 @@ def ours(config: RunConfig, shape: Shape, workers: int) -> Program:
 
 
 def _saved(config: RunConfig, autocast: bool) -> Saved:
-    if config.method.name != "full":
-        plain = LORA_DROPOUT if config.method.dropout else LORA
+    method, compiled = config.method, config.compute.compile
+    if method.name != "full":
+        plain = LORA_DROPOUT if method.dropout else LORA
+        if compiled:
+            plain = COMPILED_DROPOUT if method.dropout else COMPILED_AUTOCAST
+        if method.dora:
+            plain += DORA_COMPILED if compiled else DORA
+    elif config.strategy.name == "ddp" and autocast:
+        plain = COMPILED_AUTOCAST if compiled else FULL_AUTOCAST
     else:
-        plain = FULL_AUTOCAST if config.strategy.name == "ddp" and autocast else FULL_BF16
-    if config.precision == "fp32":
-        plain = Saved(h=2 * plain.h, q=2 * plain.q, kv=2 * plain.kv, i=2 * plain.i)
-    if config.compute.compile:
-        return COMPILED if plain == FULL_BF16 else COMPILED_AUTOCAST
-    return plain
+        plain = COMPILED if compiled else FULL_BF16
+    return plain + plain if config.precision == "fp32" else plain
+
+
+def dora_bytes(config: RunConfig, shape: Shape, master: float, narrow: float) -> tuple[float, float]:
+    """What PEFT's DoRA makes of weights: bytes that a layer keeps, on average, and that it makes on the side.
+
+    ``master``, ``narrow``: bytes of the adapter's format and of products.
+    """
+    method, chosen = config.method, shape.targets(config.method)
+    # It works in the format of its input: the adapter's, or in a 4-bit layer that of products. Weights in
+    # another format are copied, and with dropout autograd keeps the copy for a second product with the base.
+    width = narrow if method.name == "qlora" else master
+    copied = method.name == "qlora" or width > narrow
+    kept = sum(n * a * b for (a, b), n in chosen.items()) * narrow * (copied and method.dropout > 0)
+    # B A comes from an identity matrix [inputs, inputs]; then the norm of W + s B A: copies of each term.
+    eye = master + (narrow if master > narrow else 0.0)
+    side = max(
+        max(eye * a * a + narrow * a * b, narrow * a * a + (3 + copied) * width * a * b) for a, b in chosen
+    )
+    return kept / shape.layers, side
 
 
 def _head(config: RunConfig, shape: Shape, master: float, narrow: float) -> float:

@@ -70,7 +70,7 @@ def point(model: str, strategy: str, gpus: int, ports: float, *, rows: int) -> P
         "method": {"name": method},
         "data": {"max_length": LENGTH},
         "optim": {"batch_size": 1, "gradient_accumulation": rows},
-        "strategy": {"name": name, "zero_stage": 3},
+        "strategy": {"name": name, **({"zero_stage": 3} if name == "deepspeed" else {})},
     }
     machine = cluster("h100-80gb", gpus, ports)
     best = plan(RunConfig.model_validate(tree), machine, 0).best

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_ray.combinations import layers_named, tied_head
 from qwen_ray.config import MethodConfig
-from qwen_ray.errors import UserError, did_you_mean
+from qwen_ray.errors import UserError
+
+_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,19 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of each linear layer of a block, by its name."""
+        """(inputs, outputs) of each linear layer of a block, by its name in the block."""
         h, i = self.hidden, self.intermediate
         if self.fused_qkv:
-            attention = {"c_attn": (h, self.q + 2 * self.kv), "c_proj": (self.q, h)}
-            return {**attention, "w1": (h, i), "w2": (h, i), "mlp.c_proj": (i, h)}
+            attention = {"attn.c_attn": (h, self.q + 2 * self.kv), "attn.c_proj": (self.q, h)}
+            return {**attention, "mlp.w1": (h, i), "mlp.w2": (h, i), "mlp.c_proj": (i, h)}
         return {
-            "q_proj": (h, self.q),
-            "k_proj": (h, self.kv),
-            "v_proj": (h, self.kv),
-            "o_proj": (self.q, h),
-            "gate_proj": (h, i),
-            "up_proj": (h, i),
-            "down_proj": (i, h),
+            "self_attn.q_proj": (h, self.q),
+            "self_attn.k_proj": (h, self.kv),
+            "self_attn.v_proj": (h, self.kv),
+            "self_attn.o_proj": (self.q, h),
+            "mlp.gate_proj": (h, i),
+            "mlp.up_proj": (h, i),
+            "mlp.down_proj": (i, h),
         }
 
     @property
@@ -112,26 +116,28 @@ class Shape:
         """Weights that a token is multiplied with: the matrices and the head."""
         return self.matrices + self.embedding
 
-    def targets(self, method: MethodConfig) -> list[str]:
-        """Names of the linear layers that ``method`` puts an adapter on."""
+    def targets(self, method: MethodConfig) -> dict[tuple[int, int], int]:
+        """The linear layers that ``method`` puts an adapter on: how many of each (inputs, outputs).
+
+        Raises :class:`UserError` for names that training refuses too.
+        """
+        sizes = self.linears
         if method.targets == "all-linear":
-            return list(self.linears)
-        if method.targets == "qv":
-            return ["c_attn"] if self.fused_qkv else ["q_proj", "v_proj"]
-        for name in method.targets:
-            if name not in self.linears:
-                raise UserError(
-                    f"the model has no linear layer '{name}'",
-                    where="method.targets",
-                    fix=did_you_mean(name, self.linears),
-                )
-        return list(method.targets)
+            return dict(Counter(list(sizes.values()) * self.layers))
+        blocks = "transformer.h" if self.fused_qkv else "model.layers"
+        names = {f"{blocks}.{i}.{name}": sizes[name] for i in range(self.layers) for name in sizes}
+        names[_HEAD] = (self.hidden, self.vocabulary)
+        qv = ["c_attn"] if self.fused_qkv else ["q_proj", "v_proj"]
+        wanted = qv if method.targets == "qv" else method.targets
+        found = {name for target in wanted for name in layers_named(target, list(names))}
+        if _HEAD in found and self.tied:
+            raise tied_head(_HEAD)
+        return dict(Counter(names[name] for name in found))
 
     def adapter(self, method: MethodConfig) -> int:
         """Weights of a LoRA adapter: r (inputs + outputs) a layer, with DoRA also its outputs."""
-        chosen = [self.linears[name] for name in self.targets(method)]
-        each = sum(method.r * (a + b) + (b if method.dora else 0) for a, b in chosen)
-        return self.layers * each
+        chosen = self.targets(method).items()
+        return sum(n * (method.r * (a + b) + (b if method.dora else 0)) for (a, b), n in chosen)
 
 
 def _qwen25(size: str, sizes: tuple[int, int, int, int, int], *, large: bool) -> Shape:

@@ -10,6 +10,7 @@ from qwen_ray.planner.memory import PARTS
 from qwen_ray.planner.plan import Plan
 
 _MOMENTS = {
+    "forward": "in the forward pass of the last layer",
     "head": "when the loss is computed",
     "layer": "in the backward pass of a layer",
     "end": "at the end of the backward pass",

@@ -227,7 +227,7 @@ class Completions:
     async def run(self, plan: Plan) -> Json:
         """The response object of a request that is not streamed."""
         scored = await self._score(plan)
-        running = [] if plan.from_score else self._scheduler.generate_all(plan.generate)
+        running = [] if plan.from_score else self._scheduler.generate(plan.generate)
         try:
             # The first that fails ends the request, whichever it is.
             results = await asyncio.gather(
@@ -319,7 +319,7 @@ class Completions:
             loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
         scored = await self._score(plan)
-        running = self._scheduler.generate_all(plan.generate, tell)
+        running = self._scheduler.generate(plan.generate, tell)
         try:
             for i, generation in enumerate(running):
                 generation.future.add_done_callback(lambda _, i=i: tell(i, None))  # type: ignore[misc]

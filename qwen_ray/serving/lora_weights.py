@@ -155,6 +155,17 @@ def check_size(folder: Path, largest: int, *, within: Path | None = None) -> Non
         )
 
 
+def check_finite(folder: Path) -> None:
+    """:class:`UserError` (409) where a tensor of a PEFT folder, of any kind, holds NaN or infinity."""
+    path = folder / WEIGHTS
+    with _opened(path) as f:
+        for key in f.keys():  # noqa: SIM118
+            if not torch.isfinite(f.get_tensor(key)).all():
+                raise UserError(
+                    f"'{key}' holds NaN or infinity", where=str(path), fix="train it again", status=409
+                )
+
+
 def _read_tensors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     halves: dict[str, dict[str, torch.Tensor]] = {}
     with _opened(path) as f:

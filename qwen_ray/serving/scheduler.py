@@ -21,16 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ray.errors import UserError
 from qwen_ray.serving.backlog import Backlog, Place
-from qwen_ray.serving.engines.base import (
-    GenerateRequest,
-    GenerateResult,
-    OnToken,
-    OnTokenOf,
-    ScoreItem,
-    ScoreResult,
-)
+from qwen_ray.serving.engines.base import GenerateRequest, GenerateResult, OnTokenOf, ScoreItem, ScoreResult
 from qwen_ray.serving.engines.decode import DecodeBatch, DecodeRow
-from qwen_ray.serving.engines.shared import listener
 from qwen_ray.serving.engines.torch import MAX_ROWS
 
 if TYPE_CHECKING:
@@ -123,22 +115,14 @@ class Scheduler:
             future.set_exception(e)
         return future
 
-    def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> Generation:
-        """Queue a generation. ``on_token`` runs on the model's thread, so it must be quick."""
-        listen = None if on_token is None else lambda _, event: on_token(event)
-        return self.generate_all([request], listen)[0]
-
-    def generate_all(
+    def generate(
         self, requests: Sequence[GenerateRequest], on_token: OnTokenOf | None = None
     ) -> list[Generation]:
         """Queue the generations of one client's request: all of them or, if one is invalid or too much waits
-        (429), none."""
+        (429), none. ``on_token`` runs on the model's thread, so it must be quick."""
         futures: list[Future[GenerateResult]] = [Future() for _ in requests]
         try:
-            for request in requests:
-                self.engine.check_generate(request)
-            rows = [DecodeRow(self.engine, r, listener(i, on_token)) for i, r in enumerate(requests)]
-            places = self._backlog.enter_all([row.expected_tokens for row in rows])
+            rows, places = DecodeRow.enter(self.engine, requests, on_token, self._backlog)
         except UserError as e:
             for future in futures:
                 future.set_exception(e)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qwen_ray import combinations
 from qwen_ray.config import RunConfig, fields, get
 from qwen_ray.errors import UserError, did_you_mean
+from qwen_ray.evaluation import suites
 from qwen_ray.sweeps.space import WEIGHTS, Distribution, grid_size
-from qwen_ray.sweeps.spec import SweepConfig, included, trial_config
+from qwen_ray.sweeps.spec import ConfirmConfig, SweepConfig, included, trial_config
 from qwen_ray.training import packed_checks
 
 
@@ -58,6 +60,12 @@ def check_domains(spec: SweepConfig, domains: Sequence[str]) -> SweepConfig:
             )
         names = mixture.domains or sorted(domains)
         spec = spec.model_copy(update={"mixture": mixture.model_copy(update={"domains": names})})
+    return check_size(spec)
+
+
+def check_size(spec: SweepConfig) -> SweepConfig:
+    """The sweep with ``search.trials`` no larger than a grid needs; :class:`UserError` where they are too
+    few. Domains must be known where there is a mixture without a mix search."""
     # A mix search has mixtures of its own; it tries the space at the uniform one.
     searched = spec if spec.mix_search is None else spec.model_copy(update={"mixture": None})
     always = len(included(searched))
@@ -71,6 +79,41 @@ def check_domains(spec: SweepConfig, domains: Sequence[str]) -> SweepConfig:
             fix=f"search.trials={max(size, always)}, or a smaller grid or mixture.include",
         )
     return spec.model_copy(update={"search": spec.search.model_copy(update={"trials": size})})
+
+
+def confirming_suite(confirm: ConfirmConfig) -> suites.Suite:
+    """The suite that confirms. Raises :class:`UserError` where there is none, or none of it is a target."""
+    key = "objective.confirm.suite"
+    try:
+        suite = suites.load(confirm.suite)
+    except UserError as e:
+        raise UserError(e.what, where=e.where.replace("--suite", key), fix=e.fix) from None
+    if all(category.role != "target" for category in suite.categories):
+        raise UserError(
+            f"no category of the suite '{suite.name}' is a target, so no gain can be told",
+            where=key,
+            fix="a suite in which one has `role: target`, or no objective.confirm",
+        )
+    return suite
+
+
+def check_benchmarks(confirm: ConfirmConfig) -> None:
+    """Raise :class:`UserError` where ``data_dir`` is not there, or lacks a file that the suite reads."""
+    if confirm.data_dir is None:
+        return
+    from qwen_ray.evaluation.questions import questions
+
+    key, folder = "objective.confirm.data_dir", Path(confirm.data_dir)
+    if not folder.is_dir():
+        raise UserError(
+            "no such folder",
+            where=f"{key}: {folder}",
+            fix="put the suite's original files there (docs/evaluation.md), or leave it out to use the hub",
+        )
+    try:
+        questions(confirming_suite(confirm), folder, of=[])
+    except UserError as e:
+        raise UserError(e.what, where=f"{key}: {e.where}", fix=e.fix) from None
 
 
 def _grid_size(spec: SweepConfig) -> int:

@@ -69,8 +69,8 @@ def run_sweep(
     out = Path(spec.out)
     check_state(out, resume)
     with locked(out):
-        spec = with_data(spec)
-        sweep = open_sweep(out, spec)
+        spec, sources = with_data(spec)
+        sweep = open_sweep(out, spec, sources)
         if resume and sweep["state"] == "new":
             note("no sweep to resume here: starting it")
         if sweep["state"] == "done":
@@ -92,7 +92,7 @@ def _run(
     out = Path(spec.out)
 
     def enter(state: str) -> None:
-        kept = {key: sweep[key] for key in ("id", "version")}
+        kept = {key: sweep[key] for key in ("id", "version", "sources")}
         write_json(out / STATE, {**kept, "state": state})
 
     note("starting Ray on this machine" if cluster.prepare(address) == "local" else "joining the cluster")

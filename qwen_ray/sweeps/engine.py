@@ -6,11 +6,13 @@ whether it goes on. A freed slot is taken by the next trial. The engine waits, w
 are full before it trains on: then the order of its decisions depends on the trials alone, and not on how
 fast processes start, die and are replaced.
 
-A call of :meth:`EngineCore.advance` is a trial's sign of life, and its leave to be trained.
+A call of :meth:`EngineCore.advance` is a trial's sign of life, and its leave to be trained. To its next point
+a trial is trained as soon as it has been proposed: its process may take longer to start than that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import shutil
@@ -25,7 +27,7 @@ from qwen_ray.errors import UserError
 from qwen_ray.fsio import write_json, write_text
 from qwen_ray.sweeps import spec as specs
 from qwen_ray.sweeps.halving import Halving
-from qwen_ray.sweeps.journal import GOES_ON, Journal, Report
+from qwen_ray.sweeps.journal import DIED, GOES_ON, Journal, Report
 from qwen_ray.sweeps.ledger import BASE_LOSSES, Ledger
 from qwen_ray.sweeps.mixsearch import is_protected
 from qwen_ray.sweeps.objective import FAILED, Judged, judge
@@ -44,7 +46,7 @@ ADAPTER = "adapter"
 GANG_SECONDS = 20.0
 """How long a slot that was freed waits for a trial to be proposed, after the last sign of any."""
 LEASE_SECONDS = 60.0
-"""How long one that is known of may be silent; then the others go on without it."""
+"""How long one that has had a report may be silent; then the others go on without it."""
 
 
 @dataclass(eq=False)
@@ -108,7 +110,12 @@ class EngineCore:
         self._members: dict[int, Member] = {}
         self._packed: dict[str, tuple[Member, Slot, CheckpointStore, Tracker]] = {}
         self._away: set[int] = set()
-        """Who has left, or did not come."""
+        """Who has left."""
+        self._given_up: set[int] = set()
+        """Who will not come back."""
+        self._behind = self._journal.steps
+        """After a start, the step that each of the pack had come to: all are there before anything else is
+        done, as the order of decisions depends on how far each is."""
         self._freed = bool(self._journal.reports)
         """Whether a slot may be waiting for a trial that has yet to be proposed."""
         self._sign = time.monotonic()
@@ -162,6 +169,21 @@ class EngineCore:
                 del self._members[index]
                 self._away.add(index)
                 self._noticed()
+
+    def give_up(self, index: int) -> bool:
+        """Nobody will ask for reports of trial ``index`` any more: it has failed, unless it has ended.
+
+        Returns False, and leaves it as it is, if what has failed is the engine, for good.
+        """
+        with self._changed:
+            if self._failure is None:
+                self._members.pop(index, None)
+                self._away.add(index)
+                self._given_up.add(index)
+                if not (self._journal.ended(index) or self._ledger.trial(index).state == "failed"):
+                    self._ledger.set_state(index, "failed", DIED)
+                self._noticed()
+            return self._failure is None
 
     def saved(self, index: int) -> Path | None:
         """The PEFT folder in the newest checkpoint of trial ``index``, if there is one."""
@@ -245,34 +267,46 @@ class EngineCore:
 
     def _choose(self) -> list[Member] | None:
         """Who fills the slots, by index, those that are in the pack before others; None: wait."""
-        now, slots = time.monotonic(), self.spec.trials.slots
-        live = [m for m in self._members.values() if not self._journal.ended(m.index) and not m.error]
-        for member in live:
-            member.parked = member.parked or (not member.ready and now - member.seen > self._lease)
-        live = [m for m in live if not m.parked]
+        slots, live, more = self.spec.trials.slots, *self._expected()
         ready = sorted((m for m in live if m.ready), key=lambda m: (m.key not in self._packed, m.index))
         silent = [m for m in live if m.key in self._packed and not m.ready]
         if not ready or silent or len(ready) < min(slots, len(live)):
             return None
-        if len(ready) < slots:
-            coming, more = self._coming()
-            if len(ready) < min(slots, len(live) + len(coming)) and now - self._sign < self._lease:
-                return None
-            if self._freed and more and now - self._sign < self._gang:
-                return None
-            self._away |= coming
-        self._freed = False
+        if len(ready) < slots and self._freed and more and time.monotonic() - self._sign < self._gang:
+            return None
+        self._freed = self._freed and bool(self._behind)
         return sorted(ready[:slots], key=lambda m: m.index)
 
-    def _coming(self) -> tuple[set[int], bool]:
-        """The engine's own trials that have been proposed and have not joined, and whether more will be
-        proposed for certain."""
-        step, i, coming = self.spec.trials.engines, self.number, set[int]()
+    def _expected(self) -> tuple[list[Member], bool]:
+        """The trials to reckon with, those that have been proposed for free slots among them, and whether
+        more will be proposed for certain. While some are behind where they were, only those of that pack."""
+        now = time.monotonic()
+        live = [m for m in self._members.values() if not self._journal.ended(m.index) and not m.error]
+        for member in live:
+            member.parked = member.parked or (not member.ready and now - member.seen > self._lease)
+        live = [m for m in live if not m.parked]
+        i, proposed = self.number, list[int]()
         while i in self._members or self._journal.ended(i) or self._ledger.has(i):
-            if not (i in self._members or self._journal.ended(i) or i in self._away):
-                coming.add(i)
-            i += step
-        return coming, i < self.spec.search.trials
+            if not (i in self._members or self._journal.ended(i) or i in self._away or self._failed(i)):
+                proposed.append(i)
+            i += self.spec.trials.engines
+        if self._behind:
+            live = [m for m in live if m.index in self._behind]
+            proposed = [i for i in proposed if i in self._behind]
+            if not live and not proposed:
+                self._behind = {}
+        for index in proposed[: max(0, self.spec.trials.slots - len(live))]:
+            with contextlib.suppress(UserError):  # a damaged record: its process will be told
+                member = self._member(index)
+                member.asked = len(member.reports) + 1
+                live.append(member)
+        return live, i < self.spec.search.trials and not self._behind
+
+    def _failed(self, index: int) -> bool:
+        """Whether a trial failed before it ended: it is taken in only if its process asks again."""
+        with contextlib.suppress(UserError):  # a damaged record: its process will be told
+            return self._ledger.trial(index).state == "failed"
+        return False
 
     def _add(self, member: Member) -> None:
         import torch
@@ -290,6 +324,7 @@ class EngineCore:
                 self._pack.remove(member.key)
             with self._changed:
                 member.error = e
+                self._ledger.set_state(member.index, "failed", str(e))
                 self._noticed()
             return
         rows = [row for row in read_metrics(trial.folder) if row["step"] <= slot.step]
@@ -298,7 +333,9 @@ class EngineCore:
         write_text(trial.folder / CONFIG, config.to_yaml())
         tracker = Tracker(trial.folder, config, f"{self._group}-{member.key}", group=self._group)
         self._packed[member.key] = (member, slot, store, tracker)
-        self._ledger.set_state(member.index, "running")
+        with self._changed:
+            if member.index not in self._given_up:
+                self._ledger.set_state(member.index, "running")
 
     def _remove(self, key: str) -> None:
         *_, tracker = self._packed.pop(key)
@@ -307,17 +344,32 @@ class EngineCore:
 
     def _step(self, turn: Sequence[Member]) -> None:
         """A step of those that have not come to their point, and what is decided after it."""
-        going = [m for m in turn if self._slot(m).step < m.target]
+        going = [m for m in turn if self._goes(m)]
         if going:
             self._train(going)
-        failed = [m for m in going if self._slot(m).failed]
-        if failed:
-            self._give_up(failed)
+        if self._behind:
+            if any(self._goes(m) for m in turn):
+                return
+            self._behind = {}
+        failed = [m for m in turn if self._slot(m).failed]
         rest = [m for m in turn if m not in failed]
+        due = []
         for point in reversed(range(len(self._points))):
             at = [m for m in rest if len(m.reports) == point]
             if at and all(self._slot(m).step >= m.target for m in at):
-                self._decide(point, at)
+                due.append((point, at))
+        if failed or due:  # the step that failed counts: it is to fail again before others go on
+            self._journal.came({m.index: self._slot(m).step + (m in failed) for m in turn})
+        if failed:
+            self._give_up(failed)
+        for point, at in due:
+            self._decide(point, at)
+
+    def _goes(self, member: Member) -> bool:
+        """Whether it trains now: to its point, or after a start to where it was."""
+        slot = self._slot(member)
+        end = self._behind.get(member.index, 0) if self._behind else member.target
+        return slot.step < end and not slot.failed
 
     def _slot(self, member: Member) -> Slot:
         return self._packed[member.key][1]

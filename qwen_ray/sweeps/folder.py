@@ -6,12 +6,12 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from qwen_ray import __version__
-from qwen_ray.config import put, read_settings, validate
+from qwen_ray import __version__, models
+from qwen_ray.config import get, put, read_settings, validate
 from qwen_ray.errors import UserError
-from qwen_ray.fsio import read_json, sha256_json, write_json, write_text
+from qwen_ray.fsio import read_json, sha256_file, sha256_json, write_json, write_text
 from qwen_ray.registry import NAME
-from qwen_ray.sweeps.checks import check_domains
+from qwen_ray.sweeps.checks import check_benchmarks, check_domains, confirming_suite
 from qwen_ray.sweeps.spec import SweepConfig, trial_config
 from qwen_ray.training.driver import absolute
 
@@ -21,6 +21,10 @@ _STOPPING = {"packed": ("halving", "none"), "plain": ("asha", "none")}
 # What may differ between two starts of one sweep: it decides nothing about the result.
 _FREE: Any = {"out": True, "trials": {"cpus", "gpus", "max_concurrent", "max_failures"}}
 _FREE_OF_RUN = ("cluster", "tracking", "checkpoint", "compute", "out")
+_FREE_TILL_BENCHMARKED = {"suite", "data_dir", "limit"}
+"""Of objective.confirm: free as long as no benchmark's result is recorded."""
+_SOURCES = "sources"
+"""In sweep.json: hash by name of what the sweep reads."""
 
 
 def prepared(spec: SweepConfig) -> SweepConfig:
@@ -53,17 +57,23 @@ def prepared(spec: SweepConfig) -> SweepConfig:
         put(spec.run, "data.train", base.data.train, where="run")
         put(spec.run, "data.validation", base.data.validation, where="run")
     put(spec.run, "model.name", base.model.name, where="run")
+    settings = base.model_dump(mode="json")
+    for key in ("evaluate.suites", "evaluate.suites_data_dir", "strategy.nvme_path"):
+        if value := get(settings, key, None):
+            put(spec.run, key, value, where="run")
     confirm = spec.objective.confirm
     if confirm is not None:
         if confirm.data_dir is not None:
             confirm.data_dir = str(Path(confirm.data_dir).expanduser().resolve())
         if "/" in confirm.suite:
             confirm.suite = str(Path(confirm.suite).expanduser().resolve())
+        confirming_suite(confirm)
     return spec
 
 
-def with_data(spec: SweepConfig) -> SweepConfig:
-    """The sweep with its data: the embedded records written, the domains checked against what there is."""
+def with_data(spec: SweepConfig) -> tuple[SweepConfig, dict[str, str]]:
+    """The sweep with its data: the embedded records written, domains and benchmarks checked against what
+    there is; and the SHA-256 of each data file, and the fingerprint of each base that is a folder."""
     from qwen_ray.data.dataset import load_splits
     from qwen_ray.data.stream import RecordFiles
 
@@ -83,7 +93,27 @@ def with_data(spec: SweepConfig) -> SweepConfig:
             where="run.data",
             fix="a larger data.validation_fraction, or data.validation files that have it",
         )
-    return spec
+    if not held - {*spec.objective.strengths}:
+        raise UserError(
+            "no record of a target is held out, so no gain can be told",
+            where="run.data",
+            fix="a larger data.validation_fraction, or data.validation files that have one",
+        )
+    if spec.objective.confirm is not None:
+        check_benchmarks(spec.objective.confirm)
+    digests = (
+        train.digests if isinstance(train, RecordFiles) else map(sha256_file, map(Path, base.data.train))
+    )
+    sources = dict(zip(base.data.train, digests, strict=True))
+    sources |= {path: sha256_file(Path(path)) for path in base.data.validation}
+    return spec, sources | _bases(spec, base.model.name)
+
+
+def _bases(spec: SweepConfig, name: str) -> dict[str, str]:
+    """Of models on the hub none is taken: that might download them to a node that does not train."""
+    tried = spec.space["model.name"].values if "model.name" in spec.space else []
+    refs = {base: models.resolve(base) for base in [name, *tried]}
+    return {base: models.fingerprint(ref) for base, ref in refs.items() if ref.is_local}
 
 
 def check_state(out: Path, resume: bool) -> None:
@@ -95,31 +125,48 @@ def check_state(out: Path, resume: bool) -> None:
             where=str(out),
             fix="--resume goes on with it; or choose another --out",
         )
-    if not there and out.is_dir() and {p.name for p in out.iterdir()} - {".lock", DATA}:
+    # A start that was killed may have left the temporary file of the state.
+    names = {p.name for p in out.iterdir() if not p.name.startswith(f".{STATE}.")} if out.is_dir() else set()
+    if not there and names - {".lock", DATA}:
         raise UserError(
             "this folder holds something else than a sweep", where=str(out), fix="choose another --out"
         )
 
 
-def open_sweep(out: Path, spec: SweepConfig) -> dict[str, Any]:
-    """sweep.json, after making it or checking that the folder's sweep is this one."""
-    if (out / STATE).is_file():
+def open_sweep(out: Path, spec: SweepConfig, sources: dict[str, str]) -> dict[str, Any]:
+    """sweep.json, after making it or checking that the folder's sweep is this one, of the same data and
+    base. ``sources``: as :func:`with_data` returns them."""
+    sweep: dict[str, Any] = dict(read_json(out / STATE)) if (out / STATE).is_file() else {"state": "new"}
+    if sweep["state"] != "new" or (out / SPEC).is_file():
+        from qwen_ray.sweeps.outcome import EVAL
+
         tree, _ = read_settings(out / SPEC)
-        if _decides(validate(SweepConfig, tree, where=str(out / SPEC), origin={})) != _decides(spec):
+        before = validate(SweepConfig, tree, where=str(out / SPEC), origin={})
+        benchmarked = any((out / EVAL).glob("*.json"))
+        if _decides(before, benchmarked=benchmarked) != _decides(spec, benchmarked=benchmarked):
             raise UserError(
                 "this folder holds another sweep",
                 where=str(out / SPEC),
                 fix="resume with the file it was started with, or choose another --out",
             )
+        known = sweep.setdefault(_SOURCES, sources)  # a sweep of an earlier version did not record them
+        if changed := [name for name, found in sources.items() if known.get(name, found) != found]:
+            raise UserError(
+                "it has changed since the sweep began, so its trials could not be compared",
+                where=changed[0],
+                fix="put back what was there, or choose another --out",
+            )
         write_text(out / SPEC, spec.to_yaml())  # what decides nothing may have changed
-        return dict(read_json(out / STATE))
-    write_text(out / SPEC, spec.to_yaml())
-    sweep = {"id": uuid.uuid4().hex[:12], "state": "new", "version": __version__}
+        return sweep
+    # The state first: a folder with the file alone would pass for one that is no sweep's.
+    sweep = {"id": uuid.uuid4().hex[:12], "state": "new", "version": __version__, _SOURCES: sources}
     write_json(out / STATE, sweep)
+    write_text(out / SPEC, spec.to_yaml())
     return sweep
 
 
-def _decides(spec: SweepConfig) -> str:
-    tree = spec.model_dump(mode="json", exclude=_FREE)
+def _decides(spec: SweepConfig, *, benchmarked: bool) -> str:
+    free = _FREE if benchmarked else {**_FREE, "objective": {"confirm": _FREE_TILL_BENCHMARKED}}
+    tree = spec.model_dump(mode="json", exclude=free)
     tree["run"] = {key: value for key, value in tree["run"].items() if key not in _FREE_OF_RUN}
     return sha256_json(tree)

@@ -173,14 +173,17 @@ def _stages(spec: SweepConfig) -> list[list[dict[str, Any]]]:
 
 
 def _open_questions(spec: SweepConfig) -> list[str]:
+    notes, confirm = [], spec.objective.confirm
+    if confirm is not None and confirm.data_dir is not None and not Path(confirm.data_dir).is_dir():
+        notes.append(f"The sweep needs {confirm.data_dir} (objective.confirm.data_dir), and it is not there.")
     if spec.mixture is not None and spec.mixture.domains is None:
-        return [
+        notes.append(
             "Mixtures are made when the data, and so their domains, are read: mixture.domains names them."
-        ]
-    if spec.mix_search is not None and spec.mix_search.fallback != "none":
+        )
+    elif spec.mix_search is not None and spec.mix_search.fallback != "none":
         more = spec.mix_search.fallback_trials
-        return [f"Up to {more} more trials of full length, should the merged experts not be believed."]
-    return []
+        notes.append(f"Up to {more} more trials of full length, should the merged experts not be believed.")
+    return notes
 
 
 def _largest(spec: SweepConfig) -> RunConfig:

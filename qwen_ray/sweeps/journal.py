@@ -1,9 +1,10 @@
 """What one engine has decided, a line a decision: how it goes on where a killed one stopped.
 
 Trials that are judged together are one line, so the decision was made for all of them or for none. The
-trials' own reports are copied from it, and copied again if the engine died in between.
+trials' own reports are copied from it, and copied again if the engine died in between. A line before those
+of a step says how far each trial in the pack was: one that is killed goes on with all of them as they were.
 
-Layout: ``OUT/engines/0.jsonl`` (decisions), ``0.json`` (starts since the last one), ``0.lock``.
+Layout: ``OUT/engines/0.jsonl`` (steps and decisions), ``0.json`` (starts since the last one), ``0.lock``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import fcntl
 import logging
 import time
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 from qwen_ray.fsio import read_json, write_json
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 FOLDER = "engines"
 GOES_ON = "continue"
+DIED = "its process died"
+"""Why a trial failed, until more is known."""
 _LOCK_SECONDS = 60.0
 Report = dict[str, Any]
 
@@ -42,6 +44,7 @@ class Journal:
         self._wait_for_lock()
         self.reports: dict[int, list[Report]] = {}
         """Of each trial, first to last."""
+        self._steps: dict[int, int] = {}
         self._decisions = 0
         for line in read_lines(self._lines):
             self._take(line)
@@ -64,7 +67,7 @@ class Journal:
     def replay(self, halving: Halving) -> None:
         """Repeat the arrivals at rungs, in the order in which they were decided."""
         for line in read_lines(self._lines):
-            if line["compared"]:
+            if line.get("compared"):
                 reports = {i: line["reports"][str(i)] for i in line["compared"]}
                 rung = reports[line["compared"][0]]["rung"]
                 halving.arrive(rung, {i: report["score"] for i, report in reports.items()})
@@ -82,8 +85,22 @@ class Journal:
         if self.starts:
             write_json(self._starts, {"starts": 0})
 
+    def came(self, steps: dict[int, int]) -> None:
+        """Record how far each trial in the pack is, before anything is decided or saved there."""
+        line = {"steps": {str(i): step for i, step in sorted(steps.items())}}
+        append_line(self._lines, line)
+        self._take(line)
+
+    @property
+    def steps(self) -> dict[int, int]:
+        """The step of each trial that was in the pack at the last decision and goes on."""
+        return {i: step for i, step in self._steps.items() if not self.ended(i)}
+
     def _take(self, line: dict[str, Any]) -> None:
         """Add a line to what is known, and copy it to the trials' own files where it is not there yet."""
+        if "steps" in line:
+            self._steps = {int(i): step for i, step in line["steps"].items()}
+            return
         self._decisions += 1
         for text, report in line["reports"].items():
             index = int(text)
@@ -91,7 +108,8 @@ class Journal:
             reports.append(report)
             if len(self._ledger.reports(index)) < len(reports):
                 self._ledger.append_report(index, report)
-            self._ledger.set_state(index, _state(report), line["errors"].get(text))
+            if report["decision"] != GOES_ON:
+                self._ledger.set_state(index, _state(report), line["errors"].get(text))
 
     def ended(self, index: int) -> bool:
         """Whether trial ``index`` has had its last report."""
@@ -111,11 +129,15 @@ class Journal:
 def _state(report: Report) -> State:
     if report["score"] == FAILED.score:
         return "failed"
-    states: dict[str, State] = {GOES_ON: "running", "stop": "stopped", "done": "done"}
-    return states[report["decision"]]
+    return "done" if report["decision"] == "done" else "stopped"
 
 
-def forget_starts(out: Path) -> None:
-    """A sweep that is started anew may fail as often as one that never did."""
-    for path in (out / FOLDER).glob("*.json"):
+def forget_failures(ledger: Ledger) -> None:
+    """A sweep that is started anew may fail as often as one that never did, and tries again what failed
+    before it could be judged."""
+    for path in (ledger.out / FOLDER).glob("*.json"):
         path.unlink()
+    for trial in ledger.trials():
+        reports = ledger.reports(trial.index)
+        if trial.state == "failed" and (not reports or reports[-1]["decision"] == GOES_ON):
+            ledger.set_state(trial.index, "new")

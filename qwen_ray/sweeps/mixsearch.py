@@ -153,8 +153,9 @@ class MixSearch:
         if left <= 0 or self.settings.fallback == "none" or (believed and study.any_feasible):
             return []
         why = "no mix keeps the strengths yet" if believed else self.verdict
-        log.warning("%s: the search goes on with real runs", why)
         chosen = study.choose(candidates, min(left, self.spec.trials.slots), believed=believed)
+        goes_on = "the search goes on with real runs" if chosen else "every candidate has been trained"
+        log.warning("%s: %s", why, goes_on)
         return [({**start, WEIGHTS: mix}, BAYES) for mix in chosen]
 
     def _first(self) -> list[Proposal]:
@@ -165,11 +166,11 @@ class MixSearch:
         return stage + [(values, origin) for values, origin in included(self.spec) if origin == "current"]
 
     def _start(self, trials: Sequence[TrialRecord]) -> dict[str, Any]:
-        """The values, without the mix, of the best of the search's own trials."""
-        own = {t.index: t for t in trials if not is_protected(t.origin)}
+        """The values, without the mix, of the best of the search's own trials. The run's own mix is left
+        aside: it may be better for its mix."""
+        own = {t.index: t for t in trials if t.origin != "current" and not is_protected(t.origin)}
         ranked = ranking({i: self.ledger.reports(i) for i in own})
-        values = own[ranked[0] if ranked else min(own)].values
-        return {name: value for name, value in values.items() if name != WEIGHTS}
+        return _without_mix(own[ranked[0] if ranked else min(own)])
 
     def _scored(self) -> dict[str, Any]:
         """The base's losses, and the mixes with what their merged experts scored; made once."""
@@ -210,8 +211,7 @@ class MixSearch:
         trials = self.ledger.trials()
         start, found = self._start(trials), []
         for trial in trials:
-            values = {name: value for name, value in trial.values.items() if name != WEIGHTS}
-            if values == start and trial.state == "done":
+            if _without_mix(trial) == start and trial.state == "done":
                 last = self.ledger.reports(trial.index)[-1]
                 rises = {domain: last[PREFIX + domain] - loss for domain, loss in base.items()}
                 found.append(Trained(trial.values[WEIGHTS], rises, trial.origin))
@@ -253,7 +253,7 @@ class MixSearch:
         verified = [t for t in trials if t.origin in {MIX, BAYES} and t.state == "done"]
         if not verified:
             return None
-        study = self.study()
+        study, start = self.study(), self._start(trials)
         real = {key(t.mix): study.gain(t.rises) for t in study.trained}
         scores = study.scores or {}
         return {
@@ -262,7 +262,7 @@ class MixSearch:
             "verified": [
                 {"index": t.index, "proxy": study.gain(scores[k]), "real": real[k]}
                 for t in verified
-                if (k := key(t.values[WEIGHTS])) in scores and RATE not in t.values
+                if (k := key(t.values[WEIGHTS])) in scores and _without_mix(t) == start
             ],
             "rank_correlation": self._agreement(),
             "rank_correlation_without_experts": study.agreement(experts=False),
@@ -270,3 +270,7 @@ class MixSearch:
             "fallback": sum(t.origin == BAYES for t in trials),
             "verdict": self.verdict,
         }
+
+
+def _without_mix(trial: TrialRecord) -> dict[str, Any]:
+    return {name: value for name, value in trial.values.items() if name != WEIGHTS}

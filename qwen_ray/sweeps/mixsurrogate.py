@@ -137,6 +137,8 @@ class Surrogate:
         """
         import numpy as np
 
+        if not mixes:
+            return []
         values = np.stack([value(draws) for draws in self.draw(mixes, seed=seed)])
         reached = np.full(values.shape[1], best)
         chosen: list[int] = []

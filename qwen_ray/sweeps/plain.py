@@ -125,13 +125,13 @@ class Asha(AsyncHyperBandScheduler):
     """Ray's ASHA with the sweep's rungs. Writes every report into the ledger, with what was decided.
 
     ASHA's rungs are powers of eta of its time; a trial's k-th report is at time ``eta^k`` whatever its share,
-    so its rungs are the sweep's. The reference is never stopped early.
+    so its rungs are the sweep's. The reference is never stopped early; nor is any, where stopping is none.
     """
 
     def __init__(self, spec: SweepConfig, ledger: Ledger) -> None:
         rungs, eta = len(points(spec)) - 1, spec.stopping.eta
         super().__init__(time_attr="level", max_t=eta**rungs, grace_period=1, reduction_factor=eta)
-        self._ledger = ledger
+        self._ledger, self._stops = ledger, spec.stopping.name != "none"
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
@@ -149,12 +149,11 @@ class Asha(AsyncHyperBandScheduler):
             if self._ledger.trial(index).state == "running":  # the driver died before it said so
                 self._end(index, recorded, result["error"])
             return TrialScheduler.STOP
-        if result["share"] >= 1:
+        worse = decided == TrialScheduler.STOP and self._stops and index != REFERENCE
+        if not result["error"] and result["share"] >= 1:
             decision = "done"
-        elif result["error"] or (decided == TrialScheduler.STOP and index != REFERENCE):
-            decision = "stop"
         else:
-            decision = "continue"
+            decision = "stop" if result["error"] or worse else "continue"
         losses = {k: v for k, v in result.items() if k.startswith("eval_loss")}
         report = {k: result[k] for k in _REPORTED} | losses | {"decision": decision}
         if result["error"]:
@@ -196,11 +195,14 @@ def run_trial(
     try:
         for row in read_metrics(trial.folder):  # those that an earlier start made and nobody heard of
             reporter(row)
-        run_training(run, progress=reporter, group=group)
+        stopped = run_training(run, progress=reporter, group=group).stopped
     except (UserError, FloatingPointError) as e:  # the same at every try
         reporter.failed(str(e))
     else:
-        reporter.finished()
+        if stopped is None:
+            reporter.finished()
+        else:  # it forgot more than run.evaluate allows: whatever its gain, it is not to win
+            reporter.failed(stopped)
 
 
 class _Reporter:

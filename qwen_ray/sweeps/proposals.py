@@ -139,6 +139,7 @@ class Model:
         from optuna.distributions import BaseDistribution, FloatDistribution
 
         self.spec, self.simplex, self.last = spec, spec.simplex, len(points(spec)) - 1
+        self.stops = self.last > 0 and spec.stopping.name != "none"
         self.axes: dict[str, BaseDistribution] = {
             key: _axis(distribution) for key, distribution in spec.space.items()
         }
@@ -154,7 +155,7 @@ class Model:
             return None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         seed = integer(f"optuna/{self.spec.search.seed}/{index}") % 2**32
-        kind = optuna.samplers.TPESampler if self.last else optuna.samplers.GPSampler
+        kind = optuna.samplers.TPESampler if self.stops else optuna.samplers.GPSampler
         sampler = kind(n_startup_trials=STARTUP, seed=seed)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         study.add_trials(told)
@@ -184,10 +185,11 @@ class Model:
             if trial.state == "failed":
                 rows, level = [worst], 0
             told: dict[str, Any] = {"state": TrialState.RUNNING}
-            if rows:
+            whole = level == self.last or trial.state == "failed"
+            if rows and (whole or self.stops):
                 row = rows[level]
                 told = {"state": TrialState.PRUNED, "intermediate_values": {level: row["gain"]}}
-                if level == self.last or trial.state == "failed":
+                if whole:
                     told = {"state": TrialState.COMPLETE, "value": row["gain"]}
                 told["constraints"] = {"strengths": row["violation"]}
             found.append(create_trial(**told, params=params, distributions=self.axes))

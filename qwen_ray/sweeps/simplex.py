@@ -91,18 +91,20 @@ class Simplex:
         """A mixture drawn evenly from the region.
 
         Shares above the floor are exponential draws made to add up (a flat Dirichlet), and again until all
-        are within their ranges; the same from the upper ends down, where that leaves less to reject.
+        are within their ranges; the same from the upper ends down, where that leaves less to reject. A range
+        of one value is not drawn.
         """
         lows, highs = self._lows, self._highs
         above, below = 1 - math.fsum(lows), math.fsum(highs) - 1
+        least = dict(zip(self.domains, lows, strict=True))
+        free = [(d, low, high) for d, low, high in zip(self.domains, lows, highs, strict=True) if low < high]
         for _ in range(_TRIES):
-            draws = [-math.log(1 - rng.random()) for _ in self.domains]
+            draws = [-math.log(1 - rng.random()) for _ in free]
             unit = [draw / math.fsum(draws) for draw in draws]
-            if above <= below:
-                shares = [low + above * u for low, u in zip(lows, unit, strict=True)]
-            else:
-                shares = [high - below * u for high, u in zip(highs, unit, strict=True)]
-            mix = dict(zip(self.domains, shares, strict=True))
+            mix = least | {
+                d: low + above * u if above <= below else high - below * u
+                for (d, low, high), u in zip(free, unit, strict=True)
+            }
             if self.holds(mix):
                 return mix
         raise UserError(
@@ -132,7 +134,12 @@ class Simplex:
         """
         lows = self._lows
         left = 1 - math.fsum(lows)
-        for counts in _compositions(parts, len(self.domains)):
+        if left <= ROUNDING:
+            yield dict(zip(self.domains, lows, strict=True))
+            return
+        # What is out of range is not even counted through: with narrow ranges that is nearly all.
+        room = [(high - low + ROUNDING) / left for low, high in zip(lows, self._highs, strict=True)]
+        for counts in _compositions(parts, [min(parts, math.floor(parts * share)) for share in room]):
             shares = (low + left * n / parts for low, n in zip(lows, counts, strict=True))
             mix = dict(zip(self.domains, shares, strict=True))
             if self.holds(mix):
@@ -192,10 +199,12 @@ def _balance(log_ratio: float, i: int) -> float:
     return math.sqrt(i / (i + 1)) * log_ratio
 
 
-def _compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
-    if parts == 1:
-        yield (total,)
+def _compositions(total: int, most: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Ways to make ``total`` of as many numbers, none above its ``most``."""
+    if not most:
+        if total == 0:
+            yield ()
         return
-    for first in range(total, -1, -1):
-        for rest in _compositions(total - first, parts - 1):
+    for first in range(min(total, most[0]), max(0, total - sum(most[1:])) - 1, -1):
+        for rest in _compositions(total - first, most[1:]):
             yield (first, *rest)

@@ -161,7 +161,7 @@ def load_sweep(file: Path, *, sets: list[str] | None = None, out: Path | str | N
 
     Raises :class:`UserError` naming file, key and the nearest valid name.
     """
-    from qwen_ray.sweeps.checks import check_domains, check_spec
+    from qwen_ray.sweeps.checks import check_domains, check_size, check_spec
 
     tree, origin = read_settings(file, flags={} if out is None else {"out": str(out)}, sets=sets)
     if isinstance(tree.get("space"), dict):
@@ -170,7 +170,10 @@ def load_sweep(file: Path, *, sets: list[str] | None = None, out: Path | str | N
     try:
         check_spec(spec)
         domains = _embedded() if spec.embedded_data else spec.mixture and spec.mixture.domains
-        return check_domains(spec, domains) if domains else spec
+        if domains:
+            return check_domains(spec, domains)
+        # Else the data have to be read; they decide the size only where a mixture is searched.
+        return check_size(spec) if spec.mixture is None or spec.mix_search is not None else spec
     except UserError as e:
         raise UserError(e.what, where=f"{file}: {e.where}", fix=e.fix) from None
 

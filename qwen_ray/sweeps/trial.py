@@ -20,14 +20,14 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from qwen_ray import cluster
 from qwen_ray.fsio import read_json, write_json
-from qwen_ray.sweeps.journal import GOES_ON, forget_starts
+from qwen_ray.sweeps.journal import DIED, GOES_ON, forget_failures
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.tune import ResultGrid
-    from ray.tune.search import Searcher
 
     from qwen_ray.sweeps.ledger import Ledger
+    from qwen_ray.sweeps.searcher import TuneSearcher
     from qwen_ray.sweeps.spec import SweepConfig
 
 STATE = "packed.json"
@@ -76,7 +76,7 @@ class PackedTrial(tune.Trainable):
 
 
 def tune_packed(
-    spec: SweepConfig, out: Path, *, searcher: Searcher, ledger: Ledger, group: str
+    spec: SweepConfig, out: Path, *, searcher: TuneSearcher, ledger: Ledger, group: str
 ) -> ResultGrid:
     """Run the trials that ``searcher`` proposes in packs, in the Tune experiment ``OUT/tune``.
 
@@ -92,11 +92,13 @@ def tune_packed(
         needs = {"CPU": trials.cpus, "GPU": trials.gpus or 0.0}
         cluster.check_room(needs, trials.engines, "engines", where="trials.engines")
     errors.clear(out)
-    forget_starts(out)
+    forget_failures(ledger)
     # A snapshot each time a trial drops its older checkpoint is what is wanted.
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    engines = [engine_actor(spec, out, number=i, group=group) for i in range(trials.engines)]
     at_once = trials.slots * trials.engines
+    searcher.ahead(at_once)
+    engines = [engine_actor(spec, out, number=i, group=group) for i in range(trials.engines)]
+    searcher.on_error = lambda index: ray.get(engines[index % len(engines)].give_up.remote(index))
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(PackedTrial, engines=engines), {"cpu": CPUS}),
         tune_config=tune.TuneConfig(
@@ -116,8 +118,10 @@ def tune_packed(
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=1),
         ),
     )
+    # Engines train while the trials' processes start: these must leave them their CPUs.
+    spare = int(ray.cluster_resources().get("CPU", 1) - trials.engines * trials.cpus)
     try:
-        grid = fit(tuner)
+        grid = fit(tuner, starting=min(at_once, max(1, spare)))
         failures = [f for f in ray.get([engine.failure.remote() for engine in engines]) if f is not None]
         if failures:
             raise failures[0]
@@ -126,8 +130,10 @@ def tune_packed(
             for engine in engines:
                 ray.kill(engine)
     for result in grid:
-        if result.error is not None:
-            ledger.set_state(int(result.config["trial"]), "failed", str(result.error))
+        # Of a trial that died before its first report Tune knows no more than its folder's name.
+        index = int(Path(result.path).name.rpartition("-")[2])
+        if result.error is not None and ledger.trial(index).error == DIED:
+            ledger.set_state(index, "failed", str(result.error))
     return grid
 
 
@@ -135,13 +141,21 @@ def _name(trial: Any) -> str:
     return f"trial-{trial.config['trial']:04d}"
 
 
-def fit(tuner: tune.Tuner) -> ResultGrid:
-    """``tuner.fit()``, its table on stderr. Ctrl-C ends the cluster that was started here, and is raised:
-    Tune's own handler would wait for every trial to come to its next report."""
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+def fit(tuner: tune.Tuner, *, starting: int | None = None) -> ResultGrid:
+    """``tuner.fit()``, its table on stderr, with at most so many trials ``starting`` at a time (default: as
+    many as may run). Ctrl-C ends the cluster that was started here, and is raised: Tune's own handler would
+    wait for every trial to come to its next report."""
+    settings = {"TUNE_DISABLE_SIGINT_HANDLER": "1"}
+    if starting is not None:
+        settings["TUNE_MAX_PENDING_TRIALS_PG"] = str(starting)
+    settings = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(settings)
     with contextlib.redirect_stdout(sys.stderr):
         try:
             return tuner.fit()
         except KeyboardInterrupt:
             cluster.disconnect()
             raise
+        finally:
+            for name in settings:
+                del os.environ[name]

@@ -12,10 +12,13 @@ whose storage fails strands nobody, and all of it can happen while the next step
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +31,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _POLL_SECONDS = 0.02
+_SHOWS_SECONDS = 60.0
+"""How long storage over a network may take to show on one node what another wrote: as NFS does by default."""
 Write = Callable[[Path], None]
 
 
@@ -44,7 +49,8 @@ class Ranks(Protocol):
 class CheckpointStore:
     """Checkpoints in ``ROOT/step-00000100/``, on storage that all ranks share; the newest are kept.
 
-    Every rank makes one and calls its methods in the same order.
+    Every rank makes one and calls its methods in the same order. Raises :class:`UserError`, on all ranks, if
+    they do not see the same ``root``.
     """
 
     def __init__(self, root: Path, ranks: Ranks, *, keep: int, asynchronous: bool = False) -> None:
@@ -61,7 +67,27 @@ class CheckpointStore:
         if ranks.rank == 0:
             for left in root.glob(".step-*"):
                 shutil.rmtree(left, ignore_errors=True)
-        ranks.gather(None)
+        if ranks.world_size > 1:
+            self._check_shared()
+
+    def _check_shared(self) -> None:
+        mark = self.root / f".step-{self.start}"  # where a kill leaves it, the next start removes it
+        if self._ranks.rank == 0:
+            with contextlib.suppress(OSError):  # a full disk costs checkpoints, not the run
+                mark.mkdir(parents=True)
+        if not self._ranks.gather(self._ranks.rank == 0 and os.path.isdir(mark))[0]:
+            return
+        seen = self._ranks.gather(_shows(mark))
+        if self._ranks.rank == 0:
+            with contextlib.suppress(OSError):
+                mark.rmdir()
+        if not all(seen):
+            raise UserError(
+                "the run's folder is not on storage that all workers mount: "
+                f"what rank 0 writes there rank {seen.index(False)} does not see",
+                where=str(self.root.parent),
+                fix="an --out folder on storage that every node mounts at the same path",
+            )
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest complete and undamaged checkpoint with its manifest; damaged ones are named and skipped.
@@ -170,7 +196,10 @@ class CheckpointStore:
         # A later one was damaged when this start skipped it: it must not push out those that are good.
         earlier = [p for p in complete(self.root) if step_of(p) <= step]
         for old in [p for p in earlier if step_of(p) not in self.protected][: -self.keep]:
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as e:  # this one is written all the same
+                log.warning("cannot remove %s: %s", old, e)
 
     def _note(self, path: Path) -> dict[str, Any]:
         """A rank's checksums, once it has written its files."""
@@ -207,7 +236,17 @@ class CheckpointStore:
 
 def complete(root: Path) -> list[Path]:
     """The complete checkpoints in ``root``, oldest first."""
-    return sorted(p for p in root.glob("step-*") if (p / MANIFEST).is_file())
+    return sorted(p for p in root.glob("step-" + "[0-9]" * 8) if (p / MANIFEST).is_file())
+
+
+def _shows(folder: Path) -> bool:
+    """Whether ``folder``, which rank 0 has just made, is seen here."""
+    deadline = time.monotonic() + _SHOWS_SECONDS
+    while not os.path.isdir(folder):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
 
 
 def step_of(folder: Path) -> int:

@@ -13,6 +13,7 @@ Layout of a run's folder::
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib
 import logging
@@ -33,12 +34,13 @@ from qwen_ray import __version__, cluster, combinations, models
 from qwen_ray.config import RunConfig, read_config
 from qwen_ray.data.dataset import load_splits, make_mixture
 from qwen_ray.errors import UserError
+from qwen_ray.evaluation import suites
 from qwen_ray.fsio import fsync_tree, read_json, sha256_json, write_json, write_text
 from qwen_ray.planner.plan import choose_strategy
 from qwen_ray.planner.speed import HOST_CPUS
 from qwen_ray.registry import LINEAGE
 from qwen_ray.training import errors
-from qwen_ray.training.nodes import check_labels, gpu_memory, gpus_a_worker
+from qwen_ray.training.nodes import Gpu, check_labels, gpus_a_worker, this_gpu, workers_gpu
 from qwen_ray.training.prometheus import failures_counted
 from qwen_ray.training.tracking import METRICS, MetricsTail, Tracker, read_metrics
 from qwen_ray.training.worker import ARTIFACT, run_rank, work
@@ -47,6 +49,7 @@ log = logging.getLogger(__name__)
 
 RUN, CONFIG = "run.json", "config.yaml"
 _PATIENCE, _ELASTIC_PATIENCE = 60.0, 10.0  # seconds
+_NO_FOLDER = {errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EROFS}
 Progress = Callable[[dict[str, Any]], None]
 # What may differ between two starts of one run: they decide nothing about its result.
 _FREE: dict[str, Any] = {
@@ -105,7 +108,8 @@ def run_training(
             run["result"] = {**result, "artifact": _publish(result, out, config)}
         except BaseException as e:
             state = "interrupted" if isinstance(e, KeyboardInterrupt) else "failed"
-            write_json(out / RUN, {**run, "state": state, "error": str(e)[:2000]})
+            with contextlib.suppress(OSError):  # the disk may be what failed; what was raised is the reason
+                write_json(out / RUN, {**run, "state": state, "error": str(e)[:2000]})
             raise
         write_json(out / RUN, {**run, "state": "done"})
         return _finished(out, run)
@@ -114,15 +118,25 @@ def run_training(
 def absolute(config: RunConfig) -> RunConfig:
     """Workers run in folders of their own, so every path must be whole."""
     config = config.model_copy(deep=True)
-    config.out = str(Path(config.out).expanduser().resolve())
-    config.data.train = [str(Path(p).expanduser().resolve()) for p in config.data.train]
-    config.data.validation = [str(Path(p).expanduser().resolve()) for p in config.data.validation]
-    config.evaluate.suites = [
-        str(Path(s).expanduser().resolve()) if "/" in s else s for s in config.evaluate.suites
-    ]
-    if Path(config.model.name).is_dir():
-        config.model.name = str(Path(config.model.name).resolve())
+    config.out = _whole(config.out)
+    config.data.train = [_whole(path) for path in config.data.train]
+    config.data.validation = [_whole(path) for path in config.data.validation]
+    evaluate, strategy = config.evaluate, config.strategy
+    evaluate.suites = [_whole(s) if _is_folder(s) else s for s in evaluate.suites]
+    evaluate.suites_data_dir = evaluate.suites_data_dir and _whole(evaluate.suites_data_dir)
+    strategy.nvme_path = strategy.nvme_path and _whole(strategy.nvme_path)
+    folder = str(Path(config.model.name).resolve())
+    if models.resolve(config.model.name).location == folder:  # not an alias, whatever folders there are
+        config.model.name = folder
     return config
+
+
+def _whole(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
+def _is_folder(suite: str) -> bool:
+    return "/" in suite or (suite not in suites.names() and Path(suite).is_dir())
 
 
 def _decided(config: RunConfig) -> RunConfig:
@@ -133,7 +147,7 @@ def _decided(config: RunConfig) -> RunConfig:
     needs_ray = (
         cluster.prepare(asked.address) != "local"
         or config.strategy.name not in {"auto", "ddp"}
-        or bool(asked.min_workers or asked.gpus_per_worker or asked.labels)
+        or bool(asked.gpus_per_worker or asked.labels)
     )
     return config.model_copy(update={"cluster": asked.model_copy(update={"workers": int(needs_ray)})})
 
@@ -151,8 +165,15 @@ def _check_input(config: RunConfig) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Two processes writing one run, or one sweep, would ruin it."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Two processes writing one run, or one sweep, would ruin it. Makes the folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        if e.errno not in _NO_FOLDER:
+            raise
+        raise UserError(
+            f"there can be no folder here: {e.strerror}", where=str(out), fix="choose another --out"
+        ) from None
     with open(out / ".lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,7 +188,7 @@ def locked(out: Path) -> Iterator[None]:
 
 def _open_run(out: Path, config: RunConfig) -> dict[str, Any]:
     if (out / RUN).is_file():
-        if decides(read_config(out / CONFIG)) != decides(config):
+        if decides(absolute(read_config(out / CONFIG))) != decides(config):
             raise UserError(
                 "this folder holds a run with another configuration",
                 where=str(out / CONFIG),
@@ -215,7 +236,7 @@ def _run_alone(
             fix="--workers 1 or more, or strategy.name=ddp",
         )
     if torch.cuda.is_available():
-        config = _planned_alone(config, torch.cuda.get_device_properties(0).total_memory)
+        config = _planned_alone(config, this_gpu())
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     tracker = Tracker(out, config, run_id, group=group)
 
@@ -236,10 +257,10 @@ def _run_alone(
         tracker.close()
 
 
-def _planned_alone(config: RunConfig, memory: int) -> RunConfig:
-    """What ``strategy.name: auto`` means in this process, whose GPU has ``memory`` bytes: ddp, and what the
-    planner sets beside it."""
-    chosen, compute, reason = choose_strategy(config, 1, memory)
+def _planned_alone(config: RunConfig, gpu: Gpu) -> RunConfig:
+    """What ``strategy.name: auto`` means in this process, which has ``gpu``: ddp, and what the planner sets
+    beside it."""
+    chosen, compute, reason = choose_strategy(gpu.planned(config), 1, gpu.memory)
     if chosen.name == "ddp":
         log.info("strategy %s", reason)
     else:
@@ -348,8 +369,9 @@ def _fit(trainer: Any, out: Path, progress: Progress | None) -> Any:
 def _resolve_strategy(config: RunConfig, gpus: float) -> RunConfig:
     """``strategy.name: auto`` asks the planner, which asks the cluster what its GPUs are."""
     asks = gpus and config.strategy.name == "auto"
-    memory = gpu_memory(config.cluster, gpus) if asks else 0
-    chosen, compute, reason = choose_strategy(config, int(gpus * (config.cluster.workers or 1)), memory)
+    gpu = workers_gpu(config.cluster, gpus) if asks else Gpu(0, bf16=True)
+    count = int(gpus * (config.cluster.workers or 1))
+    chosen, compute, reason = choose_strategy(gpu.planned(config), count, gpu.memory)
     log.info("strategy %s", reason)
     threads = config.cluster.cpus_per_worker
     if gpus and chosen.offload_optimizer != "none" and threads < HOST_CPUS:

@@ -15,7 +15,6 @@ The device is waited for once a step, when the loss is read.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import time
@@ -23,7 +22,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -42,7 +41,7 @@ from qwen_ray.training.optimizer import make_optimizer
 from qwen_ray.training.schedule import learning_rate
 from qwen_ray.training.strategy.base import Strategy
 from qwen_ray.training.throughput import Flops, Meter
-from qwen_ray.training.tracking import EXAMPLES
+from qwen_ray.training.tracking import EXAMPLES, Lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -161,13 +160,12 @@ def train(
         for step, data in enumerate(steps, start=first + 1):
             metrics = take_step(run, step, total, data, notice)
             if trace:
-                trace.write(json.dumps({"step": step, "start": store.start, "ids": data.ids}) + "\n")
-                trace.flush()
+                trace.write({"step": step, "start": store.start, "ids": data.ids})
             must_save = notice.given(step)
             if step == total or step % config.evaluate.every_steps == 0 or step in points:
                 metrics |= validation_loss(run)
                 # The last update may have ruined the weights: nothing of them is reported or saved.
-                _check_finite(metrics.get("eval_loss", 0.0), "held-out loss", step)
+                check_finite(metrics.get("eval_loss", 0.0), "held-out loss", step)
             if config.evaluate.suites and (step == total or step % config.evaluate.suites_every_steps == 0):
                 verdict = judge(run, step, metrics)
                 stopped = verdict.message if verdict.action in {"stop", "rollback"} else None
@@ -232,24 +230,31 @@ def take_step(run: Run, step: int, total: int, data: Step, notice: Notice) -> di
     torch.manual_seed(dropout_seed(config.seed, step, strategy.rank))
     losses, norm = train_step(run, data, rate)
     wanted = losses.new_full((1,), float(notice.wanted and strategy.rank == 0))
-    sums = strategy.sum(torch.cat([wanted, losses])).tolist()  # the step's one wait for the device
-    mean, notice.due = sums[1] / data.supervised, sums[0] > 0
-    _check_finite(mean, "loss", step)
+    # Rank 0's; but what is not finite on any rank is so for all, which must agree whether to go on.
+    norm = norm.to(losses).reshape(1) * (strategy.rank == 0)
+    # The step's one wait for the device.
+    asked, norm_before, total_loss, *sums = strategy.sum(torch.cat([wanted, norm, losses])).tolist()
+    notice.due = asked > 0
+    check_finite(total_loss / data.supervised, "loss", step)
+    if not run.numbers.scales_loss:  # else such a step was skipped, and the scale is lowered
+        # The update is done, so nothing of these weights is reported or saved. DeepSpeed says -1.
+        check_finite(norm_before if norm_before >= 0 else math.nan, "gradient's norm", step)
     of_domains = {}
     if run.loss.nats is not None:
-        of_domains = {domain: sums[2 + i] for domain, i in run.feed.domains.items()}
+        of_domains = {domain: sums[i] for domain, i in run.feed.domains.items()}
     return {
         "step": step,
         "total_steps": total,
-        **losses_of(data, sums[1], of_domains),
+        **losses_of(data, total_loss, of_domains),
         "learning_rate": rate,
-        "grad_norm": float(norm),
+        "grad_norm": norm_before,
         "workers": strategy.world_size,
         **rates_of(data, run.meter, time.perf_counter() - run.clock),
     }
 
 
-def _check_finite(value: float, name: str, step: int) -> None:
+def check_finite(value: float, name: str, step: int) -> None:
+    """Raise ``FloatingPointError`` where ``value``, called ``name``, is NaN or infinite after ``step``."""
     if not math.isfinite(value):
         raise FloatingPointError(f"the {name} is {value} at step {step}; lower optim.learning_rate")
 
@@ -288,13 +293,24 @@ def judge(run: Run, step: int, metrics: dict[str, Any]) -> Verdict:
 def save(
     run: Run, store: CheckpointStore, step: int, data_state: dict[str, Any], stopped: str | None = None
 ) -> None:
-    """Write a checkpoint; a failure costs only it, until too many have failed in a row."""
-    store.protected = {run.monitor.best_step} if run.monitor.started else set()
+    """Write a checkpoint; a failure costs only it, until too many have failed in a row.
+
+    That of a best step to roll back to is waited for: without it the best before counts again.
+    """
+    settings, monitor = run.config.evaluate, run.monitor
+    store.protected = {monitor.best_step} if monitor.started else set()
+    is_best = settings.on_forgetting == "rollback" and monitor.started and monitor.best_step == step
     before = store.settle()  # first, so that no two copies of the state are in memory
     content = manifest(
-        run.config, run.identity, run.strategy.format, run.data, data_state, run.monitor.state(), stopped
+        run.config, run.identity, run.strategy.format, run.data, data_state, monitor.state(), stopped
     )
     run.unsaved = store.save(step, snapshot(run), content)
+    if is_best:
+        run.unsaved = run.unsaved or store.settle()
+        if run.unsaved and step == monitor.baseline_step:
+            raise RuntimeError(f"the checkpoint to go back to was not written: {run.unsaved}")
+        if run.unsaved:
+            monitor.take_back()
     failure = run.unsaved or before
     run.failed_saves = run.failed_saves + 1 if failure else 0
     if run.failed_saves >= MAX_FAILED_SAVES:
@@ -304,6 +320,7 @@ def save(
 def set_up(config: RunConfig, strategy: Strategy, *, started: Path | None = None) -> Run:
     """Data, model, optimizer: the same on every worker. ``started``: a checkpoint that is restored next."""
     part = agreed(strategy, lambda: _local_part(config, strategy))
+    _check_alike(config, strategy, part)
     compute = config.compute
     model = strategy.load(part.ref, config, part.numbers, started and started / "adapter")
     if compute.activation_checkpointing:
@@ -378,6 +395,23 @@ def agreed(strategy: Strategy, work: Callable[[], T]) -> T:
         raise failures[0]
     result: T = value
     return result
+
+
+def _check_alike(config: RunConfig, strategy: Strategy, part: _Local) -> None:
+    """Raise :class:`UserError`, on all ranks, where a rank's files are not rank 0's.
+
+    They would train on a mixture of both without a word, or wait for one another for ever.
+    """
+    found = {**part.data.manifest["files"], config.model.name: part.base}
+    found["configuration"] = identity(config, part.base, part.data)
+    first, *others = strategy.gather(found)
+    for rank, theirs in enumerate(others, start=1):
+        if theirs != first:
+            raise UserError(
+                f"rank {rank} has another content of this than rank 0, and workers must train on the same",
+                where=next(name for name in first if theirs.get(name) != first[name]),
+                fix="put data and model on storage that all workers mount, or the same copies on every node",
+            )
 
 
 def train_step(run: Run, data: Step, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -564,5 +598,5 @@ def _meter(ref: models.ModelRef, config: RunConfig, strategy: Strategy) -> Meter
     return Meter(flops, peak and peak * strategy.world_size)
 
 
-def _trace(config: RunConfig, rank: int) -> IO[str]:
-    return open(Path(config.out) / EXAMPLES.format(rank=rank), "a", encoding="utf-8")
+def _trace(config: RunConfig, rank: int) -> contextlib.closing[Lines]:
+    return contextlib.closing(Lines(Path(config.out) / EXAMPLES.format(rank=rank)))

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qwen_ray.combinations import CHANGES_BASE
+from qwen_ray.combinations import CHANGES_BASE, head_in_shards, layers_named, tied_head
 from qwen_ray.config import MethodConfig
-from qwen_ray.errors import UserError, did_you_mean
+from qwen_ray.errors import UserError
 from qwen_ray.fsio import read_json, sha256_json, write_json
 
 if TYPE_CHECKING:
@@ -340,35 +340,17 @@ def target_modules(model: PreTrainedModel, config: MethodConfig) -> list[str]:
         chosen = {name for name, module in linear.items() if module is not head}
     else:
         wanted = ["q_proj", "v_proj"] if config.targets == "qv" else list(config.targets)
-        chosen = {name for target in wanted for name in _matches(target, list(linear))}
+        chosen = {name for target in wanted for name in layers_named(target, list(linear))}
     for name in chosen:
         if linear[name] is head and model.config.get_text_config().tie_word_embeddings:
-            raise UserError(
-                f"'{name}' is the output head, which shares its weights with the input embedding: an adapter "
-                "on it could not be merged without changing the embedding too",
-                where="method.targets",
-                fix="leave it out",
-            )
+            raise tied_head(name)
+        if linear[name] is head and hasattr(linear[name].weight, "ds_id"):
+            raise head_in_shards(name)
     brief: set[str] = set()
     for name in chosen:
         last = name.split(".")[-1]
         brief.add(last if chosen >= {n for n in linear if n.split(".")[-1] == last} else name)
     return sorted(brief)
-
-
-def _matches(target: str, names: list[str]) -> list[str]:
-    found = [name for name in names if name == target or name.endswith(f".{target}")]
-    if not found:
-        with contextlib.suppress(re.error):
-            found = [name for name in names if re.fullmatch(target, name)]
-    if not found:
-        last = re.split(r"[.\\]", target)[-1]
-        raise UserError(
-            f"the model has no linear layer '{target}'",
-            where="method.targets",
-            fix=did_you_mean(last, {name.split(".")[-1] for name in names}),
-        )
-    return found
 
 
 # ---------------------------------------------------------------- parts

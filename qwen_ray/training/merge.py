@@ -74,6 +74,11 @@ def merge(
         raise UserError(f"'{dtype}' is not a format", where="dtype", fix=f"one of {', '.join(DTYPES)}")
     if not adapters:
         raise UserError("no adapter to merge", fix="name at least one")
+    for folder, weight in adapters:
+        if not math.isfinite(weight):
+            raise UserError(
+                f"an adapter cannot have the weight {weight:g}", where=str(folder), fix="for example 1"
+            )
     if out.exists():
         raise UserError("this folder exists", where=str(out), fix="choose another, or remove it")
     if models.model_config(ref).get("quantization_config"):
@@ -183,12 +188,18 @@ def _write_weights(source: Path, target: Path, adapters: list[_Adapter], dtype: 
             for key in f.keys():  # noqa: SIM118 - not a dict
                 value = f.get_tensor(key)
                 name = key.removesuffix(".weight")
-                stored = value.dtype
-                if name in missing and key != name:
+                stored, adapted = value.dtype, name in missing and key != name
+                if adapted:
                     del missing[name]
                     value = _merged(name, value.float(), adapters)
                 if stored.is_floating_point:
                     value = value.to(getattr(torch, DTYPES[dtype]) if dtype else stored)
+                if (adapted or value.dtype != stored) and not torch.isfinite(value).all():
+                    raise UserError(
+                        f"'{key}' would hold NaN or infinity in {str(value.dtype).removeprefix('torch.')}",
+                        where=str(source / file.name),
+                        fix="a format of larger range (bf16, fp32) or smaller weights of the adapters",
+                    )
                 tensors[key] = value.contiguous()
                 total += value.nbytes
         save_file(tensors, target / file.name, metadata={"format": "pt", **(metadata or {})})

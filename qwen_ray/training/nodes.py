@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from qwen_ray.config import ClusterConfig
+from qwen_ray.config import ClusterConfig, RunConfig
 from qwen_ray.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -49,19 +50,44 @@ def gpus_a_worker(asked: ClusterConfig, fewest: int) -> float:
     return 0
 
 
-def gpu_memory(asked: ClusterConfig, gpus: float) -> int:
-    """Bytes of a worker's GPU, asked where one is: the driver's node need not have any."""
+@dataclass(frozen=True)
+class Gpu:
+    """What a plan depends on of the GPU that trains."""
+
+    memory: int
+    """Bytes."""
+    bf16: bool
+    """Whether it computes in bf16, which ``precision: auto`` then is."""
+
+    def planned(self, config: RunConfig) -> RunConfig:
+        """``config`` as it is to be planned for this GPU: its precision decided, if it is not bf16."""
+        if self.bf16 or config.precision != "auto":
+            return config
+        return config.model_copy(update={"precision": "fp16"})
+
+
+def this_gpu() -> Gpu:
+    """The GPU of this process."""
+    import torch
+
+    from qwen_ray.training.precision import choose
+
+    auto = choose("auto", torch.device("cuda"))
+    return Gpu(int(torch.cuda.get_device_properties(0).total_memory), bf16=not auto.scales_loss)
+
+
+def workers_gpu(asked: ClusterConfig, gpus: float) -> Gpu:
+    """A worker's GPU, asked where one is: the driver's node need not have any."""
     import ray
 
     @ray.remote(num_cpus=0, num_gpus=gpus, max_calls=1, label_selector=asked.labels)
-    def ask() -> int:
-        import torch
-
-        return int(torch.cuda.get_device_properties(0).total_memory)
+    def ask() -> Gpu:
+        return this_gpu()
 
     answer = ask.remote()
     try:
-        return int(ray.get(answer, timeout=asked.start_seconds))
+        found: Gpu = ray.get(answer, timeout=asked.start_seconds)
+        return found
     except ray.exceptions.GetTimeoutError:
         ray.cancel(answer)
         raise RuntimeError(

@@ -145,8 +145,8 @@ class Pack:
         """One optimizer step of each trial (of ``keys``) that is neither done nor failed.
 
         Returns the metrics of each, as the loop gives them; ``tokens_per_second`` and the like are a
-        trial's own, so those of the pack are their sum. A trial whose loss is not finite has no metrics:
-        it is marked ``failed`` and is not stepped again.
+        trial's own, so those of the pack are their sum. A trial whose loss or gradient is not finite has no
+        metrics: it is marked ``failed`` and is not stepped again.
         """
         began = time.perf_counter()
         slots = [slot for slot in self._chosen(keys) if not slot.done and not slot.failed]
@@ -167,8 +167,11 @@ class Pack:
         metrics = {}
         for (slot, data), rate in zip(taken, rates, strict=True):
             total = sum(of_lanes[slot.lane])
-            if not math.isfinite(total):
-                slot.failed = f"the loss is {total} at step {slot.step + 1}; lower optim.learning_rate"
+            try:
+                loop.check_finite(total, "loss", slot.step + 1)
+                loop.check_finite(norm_of[slot.lane], "gradient's norm", slot.step + 1)
+            except FloatingPointError as e:
+                slot.failed = str(e)
                 continue
             slot.step, slot.data_state = slot.step + 1, data.state
             of_domains = {domain: of_lanes[slot.lane][i] for domain, i in slot.feed.domains.items()}

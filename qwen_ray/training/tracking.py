@@ -4,15 +4,64 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from qwen_ray.config import RunConfig
 
+log = logging.getLogger(__name__)
+
 METRICS = "metrics.jsonl"
 EXAMPLES = "examples-{rank}.jsonl"
+
+
+class Lines:
+    """JSON objects appended to a file, one a line, while training goes on.
+
+    One that cannot be written, as on a full disk, is lost, and the log says so once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises ``OSError`` where the file cannot be opened."""
+        self._path = path
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
+        self._whole = self._told = False
+
+    def write(self, row: dict[str, Any]) -> None:
+        try:
+            if not self._whole:
+                self._end_line()
+            self._whole = False
+            self._append(json.dumps(row).encode() + b"\n")
+            self._whole = True
+        except OSError as e:
+            self._tell(e)
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError as e:  # storage over a network may say only now that it is full
+            self._tell(e)
+
+    def _end_line(self) -> None:
+        """End the line that a killed worker, or a full disk, left torn."""
+        if self._file.seek(0, os.SEEK_END):
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":
+                self._append(b"\n")
+
+    def _append(self, data: bytes) -> None:
+        while data:  # a disk that is nearly full takes a part
+            data = data[self._file.write(data) :]
+
+    def _tell(self, error: OSError) -> None:
+        if not self._told:
+            log.error("%s lacks lines from here on, and training goes on: %s", self._path, error)
+        self._told = True
 
 
 class Tracker:
@@ -23,11 +72,7 @@ class Tracker:
     """
 
     def __init__(self, out: Path, config: RunConfig, run_id: str, *, group: str | None = None) -> None:
-        path = out / METRICS
-        torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        if torn:  # the line that a killed worker was writing
-            self._file.write("\n")
+        self._lines = Lines(out / METRICS)
         self._wandb: Any = None
         mode = wandb_mode(config.tracking.wandb)
         if mode != "off":
@@ -47,13 +92,13 @@ class Tracker:
             )
 
     def __call__(self, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
+        # JSON has no NaN and no infinity.
+        self._lines.write({k: v for k, v in metrics.items() if not isinstance(v, float) or math.isfinite(v)})
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
+@pytest.mark.long
 def test_serve_eval(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "serve_eval.py"), "--quick", "--out", str(out)]

@@ -26,6 +26,7 @@ def test_workers_run_on_the_nodes_and_the_cluster_stays(
     assert cluster.alive() == 3
 
 
+@pytest.mark.long
 def test_on_a_partly_occupied_cluster_the_room_that_is_left_is_used(
     cluster: Cluster, tmp_path: Path, data_file: Path
 ) -> None:

@@ -19,7 +19,7 @@ from tests.cluster.nodes import Cluster
 from tests.cluster.test_submit import User, ended, wait
 from tests.conftest import sums
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 STEPS = 100
 STAGES = ["collect", "prepare", "train", "register"]
 

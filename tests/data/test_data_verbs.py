@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from qwen_ray.cli import build_parser
 from qwen_ray.data.records import Message, Record, write_records
+from qwen_ray.errors import UserError
+from qwen_ray.verbs import Output
 
 
 def data(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -81,6 +84,23 @@ def test_export_and_back(file: Path, tmp_path: Path) -> None:
     back = tmp_path / "back.jsonl"
     assert data("export", str(out), "--format", "record", "--out", str(back)).returncode == 0
     assert back.read_bytes() == file.read_bytes()
+    done = data("export", str(file), "--format", "openai", "--out", str(file))
+    assert done.returncode == 2
+    assert "this is what is read" in done.stderr
+    assert back.read_bytes() == file.read_bytes()
+
+
+def test_generate_refuses_documents_without_a_passage(tmp_path: Path) -> None:
+    notes, out = tmp_path / "notes.md", tmp_path / "out.jsonl"
+    notes.write_text("Too short.")
+    endpoint = ["--endpoint", "http://127.0.0.1:1/v1", "--model", "m", "--domain", "biology"]
+    words = ["data", "generate", "--passages", str(notes), *endpoint, "--out"]
+    for given, message in ((out, "no passage to ask about .1 left out"), (notes, "this is what is read")):
+        args = build_parser().parse_args([*words, str(given)])
+        with pytest.raises(UserError, match=message):
+            args.verb(args, Output(sys.stdout, as_json=False))
+    assert notes.read_text() == "Too short."
+    assert not out.exists()
 
 
 def test_sources_say_their_licence_and_where_they_are() -> None:

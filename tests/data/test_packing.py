@@ -182,7 +182,43 @@ def test_stages_fall_where_they_should_in_a_run_of_so_many_rows(packing: bool, u
     assert cost["b"] / sum(cost.values()) == pytest.approx(0.5, abs=0.02)
     assert rows.served == sum(cost.values())
     half = next(i for i, row in enumerate(out) if any(e.domain == "a" for e in row.examples))
-    assert all(e.domain == "a" for row in out[half + 8 :] for e in row.examples)
+    assert all(e.domain == "a" for row in out[half + 2 :] for e in row.examples)
+
+
+def small(n: int, *, window: int = 64, **mixture: Any) -> RowStream:
+    """A data set that would fit into one window."""
+    data = {"d": examples(n, mean=60, longest=512)}
+    sizes = {"d": [1] * n}
+    return RowStream(data, Mixture(sizes, seed=1, **mixture), max_length=512, packing=True, window=window)
+
+
+def test_passes_over_a_small_data_set_come_one_after_another() -> None:
+    rows = small(200)
+    n = rows.plan(passes=3)
+    seen: Counter[str] = Counter()
+    for _ in range(n):
+        seen += drawn([rows.next_row()])
+        # An example comes again when all have come: but for a window of a few rows, that of the next pass.
+        assert max(seen.values()) - (min(seen.values()) if len(seen) == 200 else 0) <= 1
+    assert set(seen.values()) == {3}
+
+
+@pytest.mark.parametrize("window", [64, 2])
+def test_a_curriculum_keeps_its_order_in_rows(window: int) -> None:
+    rows = small(400, window=window, curriculum="easy_to_hard", difficulty={"d": list(range(400))})
+    n = rows.plan(passes=1)
+    places = [int(id.split("-")[1]) for _ in range(n) for id in rows.next_row().ids]
+    assert sorted(places) == list(range(400))
+    # The curriculum itself moves an example by a twentieth, and rows by no more than another.
+    assert max(abs(place - difficulty) for place, difficulty in enumerate(places)) <= 400 * 0.15
+
+
+def test_windows_of_a_small_domain_that_repeats_often_are_not_tiny() -> None:
+    data = {"a": examples(4, mean=30, domain="a", longest=200), "b": examples(400, mean=60, domain="b")}
+    mixture = Mixture({d: [1] * len(es) for d, es in data.items()}, {"a": 1, "b": 1}, seed=3)
+    rows = RowStream(data, mixture, max_length=2048, packing=True)
+    tokens = [rows.next_row().tokens for _ in range(60)]
+    assert sum(tokens) / len(tokens) > 0.85 * 2048
 
 
 def test_validation_rows() -> None:

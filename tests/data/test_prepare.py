@@ -65,6 +65,23 @@ def test_draw_is_even_over_chapters_and_sections_and_repeatable(book: Path, tmp_
     assert out.read_bytes() != first
 
 
+def test_what_is_read_is_never_written_over(book: Path, tmp_path: Path) -> None:
+    before = book.read_bytes()
+    notes, heldout = tmp_path / "notes", tmp_path / "heldout"
+    for sources, out, more in (
+        ({"file": book}, book, {}),
+        ({"file": notes}, notes / "new" / "out.jsonl", {}),
+        ({"file": book}, heldout / "out.jsonl", {"benchmarks": str(heldout)}),
+        ({"file": book}, heldout / "out.jsonl", {"heldout": (str(heldout),)}),
+    ):
+        for folder in (notes, heldout):
+            folder.mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=r"which is read|this is what is read"):
+            run(sources, out, **more)
+    assert book.read_bytes() == before
+    assert not beside(book, "parts").exists()
+
+
 def test_a_larger_draw_only_adds(book: Path, tmp_path: Path) -> None:
     run({"file": book}, tmp_path / "small.jsonl", size=10)
     run({"file": book}, tmp_path / "large.jsonl", size=20)

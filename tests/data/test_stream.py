@@ -88,6 +88,15 @@ def test_the_stream_is_the_one_from_memory(files: list[str], data: dict[str, Any
     assert resumed.next_row() == memory.stream.next_row()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_records_that_are_all_too_long_are_told(tmp_path: Path, streaming: bool) -> None:
+    file = tmp_path / "long.jsonl"
+    write_records(file, [record("what? " * 200, "It is.", id=str(i)) for i in range(3)])
+    with pytest.raises(UserError, match="no answer of the 3 training records begins within 96 tokens") as e:
+        dataset([str(file)], streaming=streaming, validation_fraction=0)
+    assert e.value.where == "data.max_length"
+
+
 def test_a_curriculum_from_disk(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     write_records(path, [*records(60, "x"), *records(50, "z", seed=2)])
@@ -104,6 +113,42 @@ def test_validation_files_leave_all_records_to_training(files: list[str]) -> Non
     train, validation = load_splits(config, seed=0)
     assert (len(train), len(validation)) == (101, 80)
     assert [r.id for r in train] == [r.id for r in load_splits(config, seed=1)[0]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_is_named_once(files: list[str], tmp_path: Path, streaming: bool) -> None:
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(Path(files[1]).read_bytes())
+    for again in (files[1], f"{tmp_path}/../{tmp_path.name}/two.jsonl", str(copy)):
+        with pytest.raises(UserError, match=r"twice|also in|two records have the id") as e:
+            load_splits(DataConfig(train=[*files, again], streaming=streaming), seed=0)
+        assert e.value.where == again
+        assert "name each file once" in e.value.fix
+
+
+def test_files_without_ids_may_share_examples(tmp_path: Path) -> None:
+    """As repeats within a file: under another name. Other ids stay as they are."""
+
+    def write(name: str, *numbers: int, **keys: str) -> str:
+        rows = [{"instruction": f"Say {n}.", "output": str(n), **keys} for n in numbers]
+        (tmp_path / name).write_text(json.dumps(rows))
+        return str(tmp_path / name)
+
+    def ids(*files: str) -> list[str]:
+        config = DataConfig(train=list(files), validation_fraction=0)
+        return [r.id for r in load_splits(config, seed=0)[0]]
+
+    one, two = write("one.json", 1, 2, 2), write("two.json", 3, 2, 2, 2)
+    first, second, third = ids(one)[0], ids(one)[1], ids(two)[0]
+    assert ids(one) == [first, second, f"{second}-2"]
+    assert ids(one, two) == [
+        *ids(one),
+        *(third, f"{second}-4", f"{second}-5", f"{second}-3"),
+    ]
+    with pytest.raises(UserError, match="named twice"):
+        ids(one, f"{tmp_path}/./one.json")
+    with pytest.raises(UserError, match="also in"):
+        ids(write("three.json", 1, id="a"), write("four.json", 2, id="a"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from qwen_ray import models
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation import suites
-from qwen_ray.evaluation.harness import read_result
+from qwen_ray.evaluation.harness import evaluate, read_result
 from qwen_ray.evaluation.run import evaluate_endpoint, evaluate_local
 from qwen_ray.evaluation.statistics import wilson
 from tests.serving.live import served
@@ -87,6 +87,13 @@ def test_guide_suite_from_a_folder(tmp_path: Path) -> None:
         "gsm8k": ("strength", 3),
     }
     assert all(0 <= item["score"] <= 1 for item in result["items"])
+    for suite, asked, message in (
+        ("guide", 6, "_biology' has 5 solved examples"),
+        ("guide", -1, "negative"),
+        ("tiny", 1, "always asked without solved examples"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(suites.load(suite), None, model="tiny", data_dir=tmp_path, num_fewshot=asked, limit=1)
 
 
 def test_guide_suite_names_missing_and_malformed_files(tmp_path: Path) -> None:

@@ -58,9 +58,10 @@ def test_dockerfile_ends_without_root_and_takes_only_what_is_there() -> None:
 
 
 def test_training_finds_its_compilers() -> None:
-    """g++ brings gcc: DeepSpeed compiles its optimizer on the host at first use, Triton its kernels."""
+    """g++ brings gcc: DeepSpeed compiles its optimizer on the host at first use, and with libaio its reads
+    and writes of NVMe; Triton its kernels."""
     (installs,) = (line for line in stages()["train"] if "apt-get install" in line)
-    assert {"g++", "libc6-dev"} <= set(installs.split())
+    assert {"g++", "libaio-dev", "libc6-dev"} <= set(installs.split())
     assert not any("g++" in line for line in stages()["serve"])
 
 

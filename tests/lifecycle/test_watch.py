@@ -87,6 +87,12 @@ class Place:
         with self.watch(**more) as watch:
             watch.once()
 
+    def has_new_data(self) -> None:
+        """The watch has seen that the file changed, and not yet that it stays as it is."""
+        self.once()
+        self.data.write_text("1")
+        self.once()
+
     @property
     def history(self) -> list[Entry]:
         return History(open_storage(self.folder / "watch")).entries()
@@ -181,9 +187,7 @@ def test_weekly_benchmark_that_falls_alerts_and_retrains(place: Place) -> None:
 
 
 def test_a_run_that_fails_is_tried_again_and_then_given_up(place: Place) -> None:
-    place.once()
-    place.data.write_text("1")
-    place.once()
+    place.has_new_data()
     errors: list[dict[str, Any] | None] = [{"error": why} for why in ("no disk", "no disk", "no disk at all")]
     place.pipelines.outcomes = [errors[0], {"busy": "somebody"}, *errors[1:]]
     place.once(after=600)
@@ -204,9 +208,7 @@ def test_a_run_that_fails_is_tried_again_and_then_given_up(place: Place) -> None
 
 
 def test_killed_in_a_run_it_goes_on_with_the_same_run(place: Place) -> None:
-    place.once()
-    place.data.write_text("1")
-    place.once()
+    place.has_new_data()
     place.clock.now += 600
     place.pipelines.outcomes = [None] * 100
     killed = place.watch()
@@ -228,9 +230,7 @@ def test_killed_in_a_run_it_goes_on_with_the_same_run(place: Place) -> None:
 
 
 def test_ended_in_a_run_the_attempt_does_not_count(place: Place) -> None:
-    place.once()
-    place.data.write_text("1")
-    place.once()
+    place.has_new_data()
     place.clock.now += 600
     place.pipelines.outcomes = [None] * 100
     for _ in range(5):
@@ -270,9 +270,7 @@ class Ended(Exception):
 
 def test_storage_that_is_away_for_a_moment_does_not_end_a_run(place: Place) -> None:
     """While the lease is held, the pipeline goes on; what it made is written down when storage is back."""
-    place.once()
-    place.data.write_text("1")
-    place.once()
+    place.has_new_data()
     place.clock.now += 600
     state, away = place.folder / "watch" / "state.json", place.folder / "away"
     looks = iter(range(99))
@@ -316,9 +314,7 @@ def test_storage_that_is_away_for_a_moment_does_not_end_a_run(place: Place) -> N
 
 
 def test_what_has_ended_while_storage_went_is_gone_on_with(place: Place) -> None:
-    place.once()
-    place.data.write_text("1")
-    place.once()
+    place.has_new_data()
     state, away = place.folder / "watch" / "state.json", place.folder / "away"
 
     class Losing(Pipelines):
@@ -338,9 +334,7 @@ def test_what_has_ended_while_storage_went_is_gone_on_with(place: Place) -> None
 
 
 def test_a_lease_that_is_lost_while_storage_is_away_ends_the_run(place: Place) -> None:
-    place.once()
-    place.data.write_text("1")
-    place.once()
+    place.has_new_data()
     place.clock.now += 600
     place.pipelines.outcomes = [None] * 9
     state = place.folder / "watch" / "state.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -48,8 +50,15 @@ def test_published_speeds_within_35_percent(rate: Rate) -> None:
 _TOKENS = 320  # no width below equals it, so weights are told from activations by their shape
 
 
-def _kept(kind: str, hidden: int, intermediate: int, heads: int, kv_heads: int) -> float:
-    """Bytes a token that one Qwen2 layer leaves for its backward pass."""
+class _Held:
+    """A saved tensor, for as long as its graph lives."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def _kept(kind: str, hidden: int, intermediate: int, heads: int, kv_heads: int) -> tuple[float, float]:
+    """What one Qwen2 layer leaves for its backward pass: bytes a token, and bytes of copies of weights."""
     config = Qwen2Config(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -67,13 +76,15 @@ def _kept(kind: str, hidden: int, intermediate: int, heads: int, kv_heads: int) 
 
         layer.requires_grad_(False)
         names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        inject_adapter_in_model(LoraConfig(r=1, target_modules=names), layer)
+        dropout = 0.05 if "dropout" in kind else 0.0
+        settings = LoraConfig(r=1, lora_dropout=dropout, use_dora="dora" in kind, target_modules=names)
+        inject_adapter_in_model(settings, layer)
         for name, parameter in layer.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()
     x = torch.randn(1, _TOKENS, hidden, dtype=dtype, requires_grad=True)
     rotary = Qwen2RotaryEmbedding(config)(x.detach(), torch.arange(_TOKENS)[None])
-    given = {t.data_ptr() for t in rotary}
+    given = {t.data_ptr() for t in (*rotary, *layer.parameters())}
     run = layer
     if "compiled" in kind:
         torch._dynamo.reset()
@@ -86,35 +97,81 @@ def _kept(kind: str, hidden: int, intermediate: int, heads: int, kv_heads: int) 
 
     if "compiled" in kind:
         forward()  # compiles
-    sizes: dict[int, int] = {}
-    alive: list[torch.Tensor] = []
+    alive: weakref.WeakSet[_Held] = weakref.WeakSet()
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        alive.append(t)  # so that no address is used twice
-        if _TOKENS in t.shape and t.data_ptr() not in given:
-            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+    def pack(t: torch.Tensor) -> _Held:
+        held = _Held(t)
+        alive.add(held)
+        return held
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        forward()
-    return sum(sizes.values()) / _TOKENS
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        out = forward()
+    activations: dict[int, int] = {}
+    weights: dict[int, int] = {}
+    for held in alive:
+        t, storage = held.tensor, held.tensor.untyped_storage()
+        if t.data_ptr() not in given:
+            (activations if _TOKENS in t.shape else weights)[storage.data_ptr()] = storage.nbytes()
+    assert out.requires_grad  # and has kept its graph until here
+    return sum(activations.values()) / _TOKENS, sum(weights.values())
+
+
+_SMALL, _WIDE = (256, 512, 4, 2), (256, 1536, 8, 8)
+_COUNTED = [
+    ("full bf16", memory.FULL_BF16),
+    ("full autocast", memory.FULL_AUTOCAST),
+    ("lora", memory.LORA),
+    ("lora dora", memory.LORA + memory.DORA),
+    ("full bf16 compiled", memory.COMPILED),
+]
 
 
 @pytest.mark.parametrize(
-    ("kind", "saved"),
+    ("kind", "saved", "sizes"),
     [
-        ("full bf16", memory.FULL_BF16),
-        ("full autocast", memory.FULL_AUTOCAST),
-        ("lora", memory.LORA),
-        ("full bf16 compiled", memory.COMPILED),
-        ("lora compiled", memory.COMPILED_AUTOCAST),
+        *((*counted, sizes) for counted in _COUNTED for sizes in (_SMALL, _WIDE)),
+        ("lora compiled", memory.COMPILED_AUTOCAST, _WIDE),
+        ("lora dropout compiled", memory.COMPILED_DROPOUT, _SMALL),  # the eager CPU keeps another mask
     ],
 )
-@pytest.mark.parametrize("sizes", [(256, 512, 4, 2), (256, 1536, 8, 8)])
 def test_autograd_keeps_what_is_counted(kind: str, saved: Saved, sizes: tuple[int, int, int, int]) -> None:
     hidden, intermediate, heads, kv_heads = sizes
     shape = Shape("layer", hidden, intermediate, 1, heads, kv_heads, hidden // heads, 8, True)
-    assert _kept(kind, *sizes) == pytest.approx(saved.bytes(shape), rel=0.03)
+    assert _kept(kind, *sizes)[0] == pytest.approx(saved.bytes(shape), rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["lora dora", "lora dora dropout"])
+def test_dora_with_dropout_keeps_a_copy_of_the_weights(kind: str) -> None:
+    shape = Shape("layer", 256, 512, 1, 4, 2, 64, 8, True)
+    tree = {"method": {"dora": True, "dropout": 0.05 * ("dropout" in kind)}, "strategy": {"name": "ddp"}}
+    counted = programs.ours(RunConfig.model_validate(tree), shape, 1).kept_weights
+    assert bool(counted) == ("dropout" in kind)
+    # Beside them the adapter's own weights and biases in 16 bits.
+    assert _kept(kind, *_SMALL)[1] == pytest.approx(counted, abs=0.1 * shape.layer_matrices)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1024, 128), (256, 1024)])
+@pytest.mark.parametrize("precision", ["bf16", "pure_bf16"])
+def test_dora_makes_on_the_side_what_is_counted(inputs: int, outputs: int, precision: str) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    mixed = precision == "bf16"
+    layer: Any = torch.nn.Sequential(torch.nn.Linear(inputs, outputs, bias=False)).bfloat16()
+    inject_adapter_in_model(LoraConfig(r=1, use_dora=True, target_modules=["0"]), layer.requires_grad_(False))
+    for name, parameter in layer.named_parameters():
+        if "lora_" in name and mixed:
+            parameter.data = parameter.data.float()
+    x = torch.randn(1, inputs, dtype=torch.bfloat16)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed)
+    with torch.profiler.profile(profile_memory=True) as profile, autocast:
+        layer(x)
+    results: Any = profile.profiler
+    changes = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    live = itertools.accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns()))
+    shape = Shape("layer", inputs, outputs, 1, 8, 8, inputs // 8, 8, True)
+    tree = {"method": {"dora": True, "targets": ["up_proj"]}, "strategy": {"name": "ddp"}}
+    config = RunConfig.model_validate({**tree, "precision": precision})
+    assert programs.ours(config, shape, 1).forward_buffers == pytest.approx(max(live), rel=0.03)
 
 
 # ---------------------------------------------------------------- our loop's parts
@@ -175,6 +232,26 @@ def test_logits_do_not_grow_with_the_batch_and_activations_do() -> None:
     four = _parts(optim={"batch_size": 4})
     assert one["logits"] == four["logits"]
     assert four["activations"] == pytest.approx(4 * one["activations"])
+
+
+def test_dora_is_weighed_with_and_without_checkpointing() -> None:
+    for remade, layers in ((False, _7B.layers), (True, 1)):
+        lora, dora = (
+            _parts(
+                method={"dora": dora}, optim={"batch_size": 1}, compute={"activation_checkpointing": remade}
+            )
+            for dora in (False, True)
+        )
+        more = layers * (memory.DORA.bytes(_7B) * 4096 + 2 * _7B.layer_matrices)
+        assert dora["activations"] - lora["activations"] == pytest.approx(more, rel=0.01)
+        assert dora["buffers"] - lora["buffers"] > 6 * _7B.intermediate**2
+
+
+def test_compiled_dropout_keeps_masks() -> None:
+    config = RunConfig.model_validate({"strategy": {"name": "ddp"}, "compute": {"compile": True}})
+    assert programs.ours(config, _7B, 1).saved == memory.COMPILED_DROPOUT
+    config.method.dropout = 0
+    assert programs.ours(config, _7B, 1).saved == memory.COMPILED_AUTOCAST
 
 
 def test_checkpointing_and_offload_move_activations() -> None:

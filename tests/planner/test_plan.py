@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 
 import pytest
 
+from qwen_ray.cli import build_parser
 from qwen_ray.config import RunConfig
-from qwen_ray.errors import UserError
+from qwen_ray.errors import EXIT_OK, UserError
 from qwen_ray.planner.hardware import GPUS, Hardware, hardware, nearest
 from qwen_ray.planner.layouts import USABLE, layouts
 from qwen_ray.planner.plan import Plan, choose_strategy, plan
 from qwen_ray.planner.shapes import QWEN25
 from qwen_ray.planner.text import count_tokens, plan_text
+from qwen_ray.verbs import Output
 
 _80GB = GPUS["h100-80gb"].memory
 
@@ -101,12 +104,43 @@ def test_what_is_decided_stays() -> None:
     assert all(x.config.compute.activation_checkpointing for x in made.tried)
 
 
+@pytest.mark.parametrize(
+    ("asked", "tried"),
+    [
+        ({"zero_stage": 1}, {"deepspeed zero 1"}),
+        (
+            {"offload_optimizer": "cpu"},
+            {"deepspeed zero 2, optimizer on cpu", "deepspeed zero 3, optimizer on cpu"},
+        ),
+        ({"zero_stage": 3, "offload_parameters": "cpu"}, {"deepspeed zero 3, parameters on cpu"}),
+    ],
+)
+def test_auto_keeps_the_stage_and_the_offload_that_are_asked_for(
+    asked: dict[str, Any], tried: set[str]
+) -> None:
+    made = _plan("3b", "full", 4, strategy=asked)
+    assert {x.strategy for x in made.tried} == tried
+    assert made.fits
+    other = _plan("3b", "full", 4, strategy={"name": "ddp", **asked})
+    assert not other.fits
+    assert all("ddp would ignore" in x.refused for x in other.tried)
+
+
+def test_eight_bit_state_in_too_large_a_piece_is_refused() -> None:
+    made = _plan("14b", "full", 4, optim={"name": "adamw_8bit"}, strategy={"name": "deepspeed"})
+    assert all("zero_stage 3" in x.refused for x in made.tried)
+    assert "strategy.zero_stage=3" in made.advice
+    free = _plan("14b", "full", 4, optim={"name": "adamw_8bit"}).best
+    assert free is not None
+    assert free.config.strategy.zero_stage == 3
+
+
 @pytest.mark.parametrize("strategy", [{"name": "fsdp"}, {"name": "deepspeed", "zero_stage": 3}])
 def test_four_bit_weights_are_not_sharded(strategy: dict[str, Any]) -> None:
     made = _plan("3b", "qlora", 8, strategy=strategy)
     assert not made.fits
     assert all("quantises a whole base only" in x.refused for x in made.tried)
-    assert "strategy.name=auto" in made.advice
+    assert ("strategy.zero_stage=2" if "zero_stage" in strategy else "strategy.name=auto") in made.advice
     assert "What needs least" not in plan_text(made)  # there is nothing to weigh
     free = _plan("3b", "qlora", 8).best
     assert free is not None
@@ -225,9 +259,30 @@ def test_hardware() -> None:
     assert nearest(47 * 10**9).memory == 47 * 10**9
     assert isinstance(hardware("l4-24gb"), Hardware)
     wrong: list[dict[str, Any]] = [{"gpu": "h100"}, {"gpu": "l4-24gb", "nodes": 0}]
-    for arguments in [*wrong, {"gpu": "l4-24gb", "price": -1}, {"gpu": "l4-24gb", "network": 0}]:
+    wrong += [{"gpu": "l4-24gb", "price": price} for price in (-1, float("nan"), float("inf"))]
+    for arguments in [*wrong, {"gpu": "l4-24gb", "network": 0}]:
         with pytest.raises(UserError):
             hardware(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows"),
+    [(["--gpus", "4", "--nodes", "2"], 256), (["--gpus", "4", "--set", "cluster.workers=1"], 32)],
+)
+def test_the_verb_plans_a_worker_for_each_gpu(asked: list[str], rows: int) -> None:
+    words = ["plan", "--json", "--model", "3b", "--set", "optim.max_steps=10", *asked]
+    args, stdout = build_parser().parse_args(words), io.StringIO()
+    assert args.verb(args, Output(stdout, as_json=True)) == EXIT_OK
+    made = json.loads(stdout.getvalue())
+    assert made["best"]["rows_per_step"] == rows
+    assert made["tokens"] == 10 * rows * made["sequence_length"]
+
+
+@pytest.mark.parametrize("tokens", ["nan", "inf", "0", "-5e6"])
+def test_the_verb_refuses_a_number_of_tokens_that_is_none(tokens: str) -> None:
+    args = build_parser().parse_args(["plan", "--model", "3b", f"--tokens={tokens}"])
+    with pytest.raises(UserError, match="cannot be trained on"):
+        args.verb(args, Output(io.StringIO(), as_json=False))
 
 
 def test_tokens_of_a_file_are_those_of_training(data_file: Path) -> None:

@@ -12,6 +12,7 @@ from qwen_ray.config import MethodConfig
 from qwen_ray.errors import UserError
 from qwen_ray.planner.published import QWEN_14B
 from qwen_ray.planner.shapes import QWEN25, Shape, from_config, shape_of
+from qwen_ray.training.lora import target_modules
 
 
 def _model(kind: str, **config: Any) -> tuple[dict[str, Any], torch.nn.Module]:
@@ -66,6 +67,8 @@ def test_other_architectures_count_as_in_transformers(kind: str, more: dict[str,
         MethodConfig(r=4, targets="qv"),
         MethodConfig(r=2, targets=["down_proj"]),
         MethodConfig(r=8, dora=True),
+        MethodConfig(r=4, targets=["lm_head", "self_attn.q_proj", "gate_proj"]),
+        MethodConfig(r=4, targets=["model.layers.1.mlp.down_proj", r".*layers\.0\..*\.[kv]_proj"]),
     ],
 )
 def test_adapters_count_as_in_peft(method: MethodConfig) -> None:
@@ -79,13 +82,28 @@ def test_adapters_count_as_in_peft(method: MethodConfig) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=100,
+        tie_word_embeddings=False,
     )
-    shape = from_config(config)
+    base = AutoModelForCausalLM.from_config(model.config)
     wrapped = get_peft_model(
-        AutoModelForCausalLM.from_config(model.config),
-        LoraConfig(r=method.r, use_dora=method.dora, target_modules=shape.targets(method)),
+        base, LoraConfig(r=method.r, use_dora=method.dora, target_modules=target_modules(base, method))
     )
-    assert shape.adapter(method) == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    counted = from_config(config).adapter(method)
+    assert counted == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("target", "what", "fix"),
+    [
+        ("q_porj", "no linear layer 'q_porj'", "did you mean 'q_proj'?"),
+        (r".*\.layers\.99\..*", "no linear layer", "valid: "),
+        ("lm_head", "shares its weights", "leave it out"),
+    ],
+)
+def test_layers_that_training_refuses_are_not_planned(target: str, what: str, fix: str) -> None:
+    with pytest.raises(UserError, match=what) as e:
+        QWEN25["3b"].adapter(MethodConfig(targets=["q_proj", target]))
+    assert e.value.fix.startswith(fix)
 
 
 def test_names_of_models(tmp_path: Any) -> None:

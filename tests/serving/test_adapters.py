@@ -261,8 +261,8 @@ def test_unsupported_or_damaged_adapter_is_refused(
     breaks, words = BROKEN[case]
     folder = tmp_path / "broken"
     shutil.copytree(adapter_dirs["geo"], folder)
-    breaks(folder)
     store = AdapterStore(engine, folders={"broken": folder, "law": adapter_dirs["law"]})
+    breaks(folder)
     with pytest.raises(UserError, match=words) as e:
         use(store, "broken")
     assert 400 <= e.value.status < 500
@@ -494,17 +494,23 @@ def test_slow_listing_holds_up_no_lookup(
     assert asyncio.run(store.listing()) == listed
 
 
+def calls(monkeypatch: pytest.MonkeyPatch, method: str) -> list[str]:
+    """The names with which a registry's ``method`` is called from now on."""
+    names: list[str] = []
+    known = getattr(Registry, method)
+
+    def counted(self: Registry, name: str) -> Any:
+        names.append(name)
+        return known(self, name)
+
+    monkeypatch.setattr(Registry, method, counted)
+    return names
+
+
 def test_listing_reads_what_is_decided_on_a_name_once(
     engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[str] = []
-    state = Registry.state
-
-    def counted(self: Registry, name: str) -> Any:
-        read.append(name)
-        return state(self, name)
-
-    monkeypatch.setattr(Registry, "state", counted)
+    read = calls(monkeypatch, "state")
     AdapterStore(engine, registry=registry).available()
     assert read == ["bio", "geo", "law"]
 
@@ -512,14 +518,7 @@ def test_listing_reads_what_is_decided_on_a_name_once(
 def test_an_unknown_name_costs_little_and_is_not_looked_for_again_at_once(
     engine: TorchEngine, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
-    history = Registry.history
-
-    def counted(self: Registry, name: str) -> Any:
-        asked.append(name)
-        return history(self, name)
-
-    monkeypatch.setattr(Registry, "history", counted)
+    asked = calls(monkeypatch, "history")
     store = AdapterStore(engine, registry=registry)
     listed = store.available()
     asked.clear()

@@ -15,6 +15,7 @@ from qwen_ray.serving.engines.base import GenerateRequest, ScoreItem
 from qwen_ray.serving.engines.decode import USUAL_TOKENS
 from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.scheduler import Scheduler
+from tests.serving.generations import start
 from tests.serving.test_scheduler import held
 
 
@@ -42,8 +43,8 @@ def test_a_row_whose_output_is_not_a_number_fails_alone(scheduler: Scheduler) ->
     want = [result.ids for result in engine.generate(good)]
     poison(engine, 99)
     gate = held(scheduler)
-    bad = scheduler.generate(GenerateRequest(None, [7, 99, 8], 6))
-    running = [scheduler.generate(request) for request in good]
+    bad = start(scheduler, GenerateRequest(None, [7, 99, 8], 6))
+    running = [start(scheduler, request) for request in good]
     gate.set()
     assert [one.future.result(30).ids for one in running] == want
     with pytest.raises(FloatingPointError):
@@ -55,7 +56,7 @@ def test_what_is_not_a_number_is_not_kept_for_the_next(scheduler: Scheduler) -> 
     assert engine.prefixes is not None
     poison(engine, 99)
     with pytest.raises(FloatingPointError):
-        scheduler.generate(GenerateRequest(None, [99] * 100, 2)).future.result(30)
+        start(scheduler, GenerateRequest(None, [99] * 100, 2)).future.result(30)
     assert engine.prefixes.nbytes == 0
 
 
@@ -74,7 +75,7 @@ def test_an_answer_counts_as_long_as_they_usually_are(model_dir: Path) -> None:
     scheduler = Scheduler(engine, max_waiting_tokens=10 * (2 + USUAL_TOKENS))
     try:
         gate = held(scheduler)
-        running = [scheduler.generate(GenerateRequest(None, [1, 2], 10**6)) for _ in range(10)]
+        running = [start(scheduler, GenerateRequest(None, [1, 2], 10**6)) for _ in range(10)]
         assert not any(one.future.done() for one in running)
         assert scheduler.load["waiting_tokens"] == 10 * (2 + USUAL_TOKENS)
         for one in running:
@@ -89,10 +90,10 @@ def test_an_answer_counts_as_long_as_they_usually_are(model_dir: Path) -> None:
 def test_one_clients_prompts_are_taken_or_refused_together(scheduler: Scheduler) -> None:
     many = [GenerateRequest(None, [1] * 90, 20) for _ in range(20)]  # 2200 tokens, of 1000
     gate = held(scheduler)
-    first = scheduler.generate_all(many)  # alone it is taken, however large
+    first = scheduler.generate(many)  # alone it is taken, however large
     assert not any(one.future.done() for one in first)
     assert scheduler.load["waiting_tokens"] == 2200
-    second = scheduler.generate_all(many[:2])
+    second = scheduler.generate(many[:2])
     for one in second:
         with pytest.raises(UserError, match="busy"):
             one.future.result(0)
@@ -102,7 +103,7 @@ def test_one_clients_prompts_are_taken_or_refused_together(scheduler: Scheduler)
     for one in first:
         one.future.result(30)
     assert scheduler.load["waiting_tokens"] == 0
-    bad = scheduler.generate_all([GenerateRequest(None, [1], 1), GenerateRequest(None, [], 1)])
+    bad = scheduler.generate([GenerateRequest(None, [1], 1), GenerateRequest(None, [], 1)])
     for one in bad:
         with pytest.raises(UserError, match="empty"):
             one.future.result(0)
@@ -117,7 +118,7 @@ def test_a_short_prompt_does_not_wait_for_longer_ones_that_came_later(
     gate = held(scheduler)
     prompts = [[5, 6], *([i + 1] * 100 for i in range(8))]
     running = [
-        scheduler.generate(GenerateRequest(None, prompt, 3), lambda event, i=i: ended.append(i))  # type: ignore[misc]
+        start(scheduler, GenerateRequest(None, prompt, 3), lambda event, i=i: ended.append(i))  # type: ignore[misc]
         for i, prompt in enumerate(prompts)
     ]
     gate.set()
@@ -150,8 +151,8 @@ def test_nobody_waits_for_a_thread_that_has_ended(scheduler: Scheduler) -> None:
         raise SystemExit  # what no turn is prepared for
 
     scheduler._admit = failing  # type: ignore[method-assign]
-    running = scheduler.generate(GenerateRequest(None, [1], 5))
+    running = start(scheduler, GenerateRequest(None, [1], 5))
     with pytest.raises(RuntimeError, match="stopping"):
         running.future.result(30)
     with pytest.raises(RuntimeError, match="stopped"):
-        scheduler.generate(GenerateRequest(None, [1], 5))
+        start(scheduler, GenerateRequest(None, [1], 5))

@@ -16,6 +16,7 @@ from qwen_ray.serving.backlog import Backlog
 from qwen_ray.serving.engines.base import GenerateRequest, ScoreItem, TokenEvent
 from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.scheduler import Generation, Scheduler
+from tests.serving.generations import start
 
 KEYS = [None, "geo", "law", "bio"]
 
@@ -76,8 +77,8 @@ def test_failing_batch_hurts_only_the_request_that_fails(scheduler: Scheduler) -
     good = scheduler.score(items(4))
     engine.add_adapter("gone", Path(engine.lora._adapters["geo"].where))
     bad = scheduler.score([ScoreItem("gone", [1], [[2]])])
-    generation = scheduler.generate(GenerateRequest("law", [1, 2], 5))
-    lost = scheduler.generate(GenerateRequest("gone", [1, 2], 5))
+    generation = start(scheduler, GenerateRequest("law", [1, 2], 5))
+    lost = start(scheduler, GenerateRequest("gone", [1, 2], 5))
     engine.remove_adapter("gone")
     gate.set()
     hold.join()
@@ -101,7 +102,7 @@ def test_failure_in_mid_generation_loses_no_token(scheduler: Scheduler, loaded: 
         return original(*args)
 
     engine.last_logits = flaky  # type: ignore[method-assign]
-    running = [scheduler.generate(request) for request in requests]
+    running = [start(scheduler, request) for request in requests]
     assert [g.future.result(30).ids for g in running] == want
 
 
@@ -109,8 +110,8 @@ def test_listener_that_raises_ends_its_own_generation_only(scheduler: Scheduler)
     def broken(event: TokenEvent) -> None:
         raise ValueError("client went away")
 
-    bad = scheduler.generate(GenerateRequest(None, [1, 2], 10), broken)
-    good = scheduler.generate(GenerateRequest(None, [1, 2], 10))
+    bad = start(scheduler, GenerateRequest(None, [1, 2], 10), broken)
+    good = start(scheduler, GenerateRequest(None, [1, 2], 10))
     assert len(good.future.result(30).ids) == 10
     with pytest.raises(ValueError, match="client went away"):
         bad.future.result(30)
@@ -118,11 +119,11 @@ def test_listener_that_raises_ends_its_own_generation_only(scheduler: Scheduler)
 
 def test_scoring_goes_on_during_a_long_generation(scheduler: Scheduler) -> None:
     started = threading.Event()
-    long = scheduler.generate(GenerateRequest("geo", [1, 2], 250), lambda _: started.set())
+    long = start(scheduler, GenerateRequest("geo", [1, 2], 250), lambda _: started.set())
     assert started.wait(30)
     assert len(scheduler.score(items(8)).result(30)) == 8
     assert not long.future.done()
-    short = scheduler.generate(GenerateRequest("law", [3], 2))
+    short = start(scheduler, GenerateRequest("law", [3], 2))
     short.future.result(30)
     assert not long.future.done()
     assert long.future.result(60).finish_reason in ("length", "stop")
@@ -137,7 +138,7 @@ def test_staggered_generations_join_one_batch_and_stay_exact(
     running = []
     for request in requests:
         begun = threading.Event()
-        running.append(scheduler.generate(request, lambda _, begun=begun: begun.set()))
+        running.append(start(scheduler, request, lambda _, begun=begun: begun.set()))
         begun.wait(30)
         seen.append(len(scheduler._batches))
     assert [g.future.result(30).ids for g in running] == want
@@ -146,8 +147,8 @@ def test_staggered_generations_join_one_batch_and_stay_exact(
 
 def test_cancelled_generation_stops_and_the_rest_goes_on(scheduler: Scheduler) -> None:
     tokens: list[TokenEvent] = []
-    first = scheduler.generate(GenerateRequest("geo", [1, 2], 250), tokens.append)
-    other = scheduler.generate(GenerateRequest("law", [1, 2], 60))
+    first = start(scheduler, GenerateRequest("geo", [1, 2], 250), tokens.append)
+    other = start(scheduler, GenerateRequest("law", [1, 2], 60))
     while len(tokens) < 3:
         time.sleep(0.005)
     first.cancel()
@@ -159,7 +160,7 @@ def test_cancelled_generation_stops_and_the_rest_goes_on(scheduler: Scheduler) -
 
 def test_stop_fails_what_is_queued(model_dir: Path) -> None:
     scheduler = Scheduler(TorchEngine.load(models.resolve(str(model_dir))))
-    running = scheduler.generate(GenerateRequest(None, [1], 250))
+    running = start(scheduler, GenerateRequest(None, [1], 250))
     scheduler.stop()
     with pytest.raises(RuntimeError, match="stopping"):
         running.future.result(5)
@@ -188,9 +189,9 @@ def test_arrivals_at_random_steps_give_the_same_tokens_as_alone(
 
     def arrive(_: TokenEvent) -> None:
         if (at := next(count)) in others:
-            running[at] = scheduler.generate(others[at])
+            running[at] = start(scheduler, others[at])
 
-    got = scheduler.generate(first, arrive).future.result(60).ids
+    got = start(scheduler, first, arrive).future.result(60).ids
     assert [got, *(running[at].future.result(60).ids for at in others)] == want
 
 
@@ -202,12 +203,12 @@ def test_too_much_waiting_is_refused_with_the_time_to_come_back(model_dir: Path)
         item = ScoreItem(None, [1] * 40, [[2] * 5, [3] * 5])  # 50 tokens
         taken: list[Future[Any]] = [
             scheduler.score([item]),
-            scheduler.generate(GenerateRequest(None, [1] * 30, 20)).future,
+            start(scheduler, GenerateRequest(None, [1] * 30, 20)).future,
         ]
         assert scheduler.load["waiting_tokens"] == 100
         refused: list[Future[Any]] = [
             scheduler.score([item]),
-            scheduler.generate(GenerateRequest(None, [1], 1)).future,
+            start(scheduler, GenerateRequest(None, [1], 1)).future,
         ]
         for future in refused:
             with pytest.raises(UserError, match="busy") as e:
@@ -241,7 +242,7 @@ def test_nothing_is_left_counted_when_requests_fail_or_are_given_up(scheduler: S
     assert given_up.cancel()
     scheduler.engine.add_adapter("gone", Path(scheduler.engine.lora._adapters["geo"].where))
     bad = scheduler.score([ScoreItem("gone", [1], [[2]])])
-    stopped = scheduler.generate(GenerateRequest("geo", [1, 2], 200))
+    stopped = start(scheduler, GenerateRequest("geo", [1, 2], 200))
     stopped.cancel()
     scheduler.engine.remove_adapter("gone")
     gate.set()

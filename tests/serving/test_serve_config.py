@@ -68,6 +68,7 @@ def test_there_are_configs() -> None:
         ({"model": "tiny", "limits": {"in_fligth": 2}}, "limits.in_flight"),
         ({"model": "tiny", "keys": "/nowhere/keys.json"}, "/nowhere/keys.json"),
         ({"model": "tiny", "adapters": {"a": "/nowhere"}}, "no such adapter folder"),
+        ({"model": "tiny", "adapters": {"a": "/"}}, "adapter_config.json is missing"),
         ({"model": "tiny", "pinned": ["nobody"]}, "unknown adapter 'nobody'"),
         ({"model": "tiny", "pinned": ["../x"]}, "cannot be the name"),
         ({"model": "tiny", "hosts": ["http://a.example"]}, "not the name of a host"),

@@ -309,7 +309,7 @@ def test_more_adapters_in_a_request_than_places_for_them(service: Service) -> No
 
 def test_a_refused_prompt_ends_its_request_at_once(service: Service) -> None:
     """Its other prompts are not waited for."""
-    scheduler, generate = service.scheduler, service.scheduler.generate_all
+    scheduler, generate = service.scheduler, service.scheduler.generate
     started: list[Any] = []
 
     def second_fails(requests: Any, *rest: Any) -> Any:
@@ -320,12 +320,12 @@ def test_a_refused_prompt_ends_its_request_at_once(service: Service) -> None:
         started.append(first)
         return [first, second]
 
-    scheduler.generate_all = second_fails  # type: ignore[method-assign]
+    scheduler.generate = second_fails  # type: ignore[method-assign]
     gate = held(service.scheduler)
     try:
         body = CompletionRequest(model="rand", prompt=["a", "b"], max_tokens=200, temperature=0)
         assert asyncio.run(service.call("completion", body))["error"]["status"] == 429
     finally:
         gate.set()
-        del scheduler.generate_all  # type: ignore[method-assign]
+        del scheduler.generate  # type: ignore[method-assign]
     assert started[0].future.result(30).finish_reason == "cancelled"

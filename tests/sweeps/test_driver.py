@@ -57,6 +57,7 @@ def test_every_trial_is_told_and_one_wins(done: tuple[str, Path, dict[str, Any]]
     _, out, result = done
     assert result == read_json(out / "result.json")
     assert read_json(out / "sweep.json")["state"] == "done"
+    assert set(read_json(out / "sweep.json")["sources"]) == {str(out.parent / "data.jsonl"), "tiny"}
     assert [t["origin"] for t in result["trials"]] == ["reference", "random", "random", "random"]
     states = [t["state"] for t in result["trials"]]
     assert states[0] == "done"

@@ -6,16 +6,17 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen_ray.errors import UserError
-from qwen_ray.sweeps.engine import EngineCore, steps_of
+from qwen_ray.sweeps.engine import EngineCore, Member, steps_of
 from qwen_ray.sweeps.engine_actor import Engine, GaveUp
 from qwen_ray.sweeps.halving import Halving
-from qwen_ray.sweeps.journal import Journal
+from qwen_ray.sweeps.journal import DIED, Journal, forget_failures
 from qwen_ray.sweeps.ledger import Ledger, read_lines
 from qwen_ray.training.checkpoint import complete, step_of
 from qwen_ray.training.tracking import read_metrics
@@ -24,6 +25,7 @@ from tests.sweeps.packed_example import (
     POINTS,
     STEPS,
     VALUES,
+    Values,
     drive,
     example,
     saved_steps,
@@ -40,6 +42,8 @@ def test_every_trial_ends_as_halving_says(undisturbed: tuple[Path, dict[int, Any
     assert list(reports) == list(range(len(VALUES)))
     halving, at_rung = Halving([1 / 9, 1 / 3], 3), [0, 0]
     for line in read_lines(out / "engines" / "0.jsonl"):
+        if "steps" in line:
+            continue
         came = {int(i): r for i, r in line["reports"].items() if r["rung"] is not None}
         for rung in {r["rung"] for r in came.values()}:
             goes_on = halving.arrive(rung, {i: r["score"] for i, r in came.items()})
@@ -54,8 +58,8 @@ def test_every_trial_ends_as_halving_says(undisturbed: tuple[Path, dict[int, Any
 def test_freed_slots_are_taken_again(undisturbed: tuple[Path, dict[int, Any]]) -> None:
     _, reports = undisturbed
     first = {index: rows[0]["boundary"] for index, rows in reports.items()}
-    assert [first[i] for i in range(6)] == [0, 0, 0, 0, 1, 1]
-    assert reports[2][1]["boundary"] == 2  # the survivors trained on beside the newcomers
+    assert first[0] == first[1] == first[2] < first[4] == first[5]
+    assert reports[2][1]["boundary"] > first[4]  # the survivors trained on beside the newcomers
 
 
 def test_reports_say_what_was_gained(undisturbed: tuple[Path, dict[int, Any]]) -> None:
@@ -74,7 +78,7 @@ def test_nan_fails_alone(undisturbed: tuple[Path, dict[int, Any]]) -> None:
     out, reports = undisturbed
     (report,) = reports[NAN]
     assert (report["decision"], report["score"], report["feasible"]) == ("stop", -1e9, False)
-    assert "no number" in (Ledger(out).trial(NAN).error or "")
+    assert f"at step {POINTS[0]}" in (Ledger(out).trial(NAN).error or "")
     assert all(r["score"] > -1e9 for i, rows in reports.items() if i != NAN for r in rows)
 
 
@@ -135,6 +139,36 @@ def test_stopped_anywhere_it_goes_on_as_if_it_had_not_been(
         assert all(times[s] == 1 for s in range(1, step + 1)), f"trial {index} did not go on from {step}"
 
 
+class Killed(EngineCore):
+    """Dies before anything is decided in step number ``at``."""
+
+    at, steps = 3, 0
+
+    def _step(self, turn: Sequence[Member]) -> None:
+        self.steps += 1
+        if self.steps == self.at:
+            self._train(turn)
+            self._closed = True
+            self._noticed()
+        else:
+            super()._step(turn)
+
+
+def test_stopped_between_rungs_all_are_where_they_were(tmp_path: Path) -> None:
+    """Trials 0 and 1 are on the way to the second rung when 3 has been stopped at the first: it is to take 4
+    just as long to come there as it takes them, or others are compared with one another."""
+    values: Values = [{"optim.learning_rate": rate} for rate in (2e-3, 1e-2, 3e-4, 1e-3, 2e-4)]
+    spec = example(tmp_path, values=values, slots=3, stopping={"rungs": [1 / 4, 3 / 4]})
+    spec.run["optim"]["max_steps"] = 4
+    for kind in (Killed, EngineCore):
+        core = kind(spec, tmp_path, gang_seconds=PATIENT)
+        reports = drive(core, len(values), 3)
+        core.close()
+    first = {i: rows[0]["boundary"] for i, rows in reports.items()}
+    assert first == {0: 0, 1: 0, 2: 0, 3: 1, 4: 3}
+    assert [rows[1]["boundary"] for rows in (reports[0], reports[1])] == [2, 2]
+
+
 def test_trials_that_others_are_made_of_run_to_their_end(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     origins = ["reference", "expert:sums", "random", "random", "mix"]
@@ -162,7 +196,7 @@ def test_a_decision_is_made_for_all_or_for_none(
     journal = Journal(ledger, 0)
     assert ledger.reports(4) == undisturbed[1][4]
     assert [ledger.trial(i).state for i in (4, NAN)] == ["stopped", "failed"]
-    assert "no number" in (ledger.trial(NAN).error or "")
+    assert f"at step {POINTS[0]}" in (ledger.trial(NAN).error or "")
     journal.close()
     # It died while it wrote the decision: nothing was decided.
     lines = (tmp_path / "copy" / "engines" / "0.jsonl").read_bytes()
@@ -203,6 +237,18 @@ def test_the_others_do_not_wait_for_one_that_is_silent(
     assert trained == [1, 2, 2, *range(3, STEPS + 1), STEPS]  # each once, and twice where it was evaluated
 
 
+def test_proposed_trials_train_while_their_processes_start(tmp_path: Path) -> None:
+    core = EngineCore(example(tmp_path, values=VALUES[:3], slots=2), tmp_path, lease_seconds=PATIENT)
+    ledger, deadline = Ledger(tmp_path), time.monotonic() + PATIENT
+    while not ledger.reports(1) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # To their first point, in the order of their indices, and no further until someone asks.
+    assert [len(ledger.reports(i)) for i in range(3)] == [1, 1, 0]
+    assert [core.advance(i, 0)["boundary"] for i in range(2)] == [0, 0]
+    assert [len(read_metrics(ledger.folder(i))) for i in range(3)] == [POINTS[0], POINTS[0], 0]
+    core.close()
+
+
 def test_who_leaves_is_not_waited_for_and_may_come_back(tmp_path: Path) -> None:
     core = EngineCore(
         example(tmp_path, values=VALUES[:2], slots=2, stopping={"name": "none", "rungs": [1 / 9]}),
@@ -227,7 +273,7 @@ def test_only_who_asks_for_reports_takes_a_trial_out(tmp_path: Path) -> None:
     got: list[Any] = []
     asking = threading.Thread(target=lambda: got.append(core.advance(0, 0, "a process")))
     asking.start()
-    while not (0 in core._members and core._members[0].ready):
+    while not (0 in core._members and core._members[0].holder):
         time.sleep(0.001)
     core.join(0)
     core.leave(0, "another, started for the same trial")
@@ -239,7 +285,8 @@ def test_only_who_asks_for_reports_takes_a_trial_out(tmp_path: Path) -> None:
 
 def test_who_does_not_come_is_waited_for_only_so_long(tmp_path: Path) -> None:
     core = EngineCore(example(tmp_path, values=VALUES[:3]), tmp_path, lease_seconds=0.3)
-    assert core.advance(0, 0)["step"] == POINTS[0]
+    assert [core.advance(0, i)["step"] for i in range(2)] == POINTS[:2]
+    assert [len(Ledger(tmp_path).reports(i)) for i in (1, 2)] == [1, 1]
     core.close()
     with pytest.raises(RuntimeError, match="closed"):
         core.join(1)
@@ -262,6 +309,30 @@ def test_bad_values_fail_their_trial_only(tmp_path: Path) -> None:
     assert "suns" in str(ended[1])
     assert isinstance(ended[2], UserError)
     assert "2 steps are fewer than the 3 points" in str(ended[2])
+    trials = Ledger(tmp_path).trials()  # else proposals would wait for their reports
+    assert [t.state for t in trials] == ["done", "failed", "failed"]
+    assert [t.error for t in trials] == [None, str(ended[1]), str(ended[2])]
+
+
+class GivenUp(EngineCore):
+    """Tune gives trial 1 up just before it is judged."""
+
+    def _decide(self, point: int, at: Sequence[Member]) -> None:
+        self.give_up(1)
+        super()._decide(point, at)
+
+
+def test_what_tune_gave_up_has_failed_till_the_sweep_is_started_anew(tmp_path: Path) -> None:
+    spec = example(tmp_path, values=VALUES[:2], slots=2, stopping={"name": "none", "rungs": [1 / 9]})
+    ledger = Ledger(tmp_path)
+    for kind in (GivenUp, EngineCore):  # and an engine that is started again leaves it alone
+        core = kind(spec, tmp_path, lease_seconds=PATIENT)
+        assert core.advance(0, kind is EngineCore)["step"] == (STEPS if kind is EngineCore else POINTS[0])
+        core.close()
+        assert (ledger.trial(1).state, ledger.trial(1).error) == ("failed", DIED)
+        assert len(ledger.reports(1)) == 1
+    forget_failures(ledger)
+    assert [t.state for t in ledger.trials()] == ["done", "new"]
 
 
 def test_a_base_that_is_not_there_fails_all(tmp_path: Path) -> None:
@@ -271,6 +342,8 @@ def test_a_base_that_is_not_there_fails_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         core.advance(0, 0)
     assert isinstance(core.failure(), UserError)
+    assert not core.give_up(0)  # there is nothing to go on for
+    assert Ledger(tmp_path).trial(0).state == "new"
     core.close()
 
 

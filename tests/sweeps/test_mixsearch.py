@@ -403,6 +403,25 @@ def test_the_searchs_own_trials_come_first_and_the_best_of_them_is_built_on(tmp_
     assert all(values["optim.learning_rate"] == 2 * RATE for values, origin in made if EXPERT in origin)
     rates = [values["optim.learning_rate"] for values, origin in made if origin == MIX]
     assert rates == [2 * RATE, 4 * RATE] * 2
+    summary = MixSearch(settings, Ledger(tmp_path)).summary()
+    assert summary is not None
+    assert [row["index"] for row in summary["verified"]] == [7, 9]
+
+
+def test_the_runs_own_mix_does_not_stand_for_its_values(tmp_path: Path) -> None:
+    """It gains more than the trials of another mix, at a worse rate."""
+    settings = spec(
+        tmp_path,
+        space={"optim.learning_rate": {"distribution": "choice", "values": [RATE, 2 * RATE]}},
+        search={"trials": 4},
+        objective={"targets": ["biology", "history"], "tolerance": 1},
+    )
+    settings.run["data"]["weights"] = {"biology": 0.7, "history": 0.25, "replay": 0.05}
+    made = Trainer(settings).run()
+    reports = [Ledger(tmp_path).reports(i)[-1]["gain"] for i in range(5)]
+    assert made[4][1] == "current"
+    assert max(reports) == reports[4]
+    assert all(values["optim.learning_rate"] == 2 * RATE for values, origin in made if EXPERT in origin)
 
 
 def test_the_runs_own_mix_is_tried_and_used(tmp_path: Path) -> None:
@@ -448,6 +467,15 @@ def test_misleading_scores_are_not_believed(tmp_path: Path, caplog: pytest.LogCa
     assert agreement is not None
     assert summary["rank_correlation"] == agreement < 0.9
     assert "unlike real runs" in summary["verdict"]
+
+
+def test_it_ends_when_every_candidate_has_been_trained(tmp_path: Path) -> None:
+    few = {"candidates": 4, "verify": 2, "learning_rates": [1.0], "fallback_trials": 8}
+    trainer = Trainer(spec(tmp_path, mix_search=few), scores=misleading_rises)
+    origins = [origin for _, origin in trainer.run()]
+    assert origins[4:6] == [MIX, MIX]
+    assert 0 < origins.count(BAYES) < 8
+    assert trainer.search().summary() is not None
 
 
 def test_without_a_fallback_it_ends_there(tmp_path: Path) -> None:

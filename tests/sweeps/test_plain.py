@@ -10,17 +10,20 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.tune.experiment import Trial
 
 from qwen_ray import cluster
 from qwen_ray.config import build_config
 from qwen_ray.data.records import write_records
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import read_json, write_json, write_jsonl
+from qwen_ray.sweeps import plain
 from qwen_ray.sweeps.driver import run_sweep
 from qwen_ray.sweeps.folder import prepared
 from qwen_ray.sweeps.ledger import REPORTS, Ledger
-from qwen_ray.sweeps.plain import base_losses
+from qwen_ray.sweeps.plain import _REPORTED, Asha, base_losses
 from qwen_ray.sweeps.spec import SweepConfig
+from qwen_ray.training.driver import TrainedRun
 from qwen_ray.training.tracking import read_metrics
 from tests.conftest import sums
 
@@ -124,6 +127,54 @@ def test_trials_are_stopped_fail_alone_and_go_on(two_cpus: None, tmp_path: Path)
     ]
     assert timeless[0] == timeless[1]
     assert again["winner"] == result["winner"]
+
+
+def asha(folder: Path, stopping: str, scores: list[float]) -> list[str]:
+    """What is decided on trials that come to the first of three points with these scores."""
+    spec = SweepConfig.model_validate({"stopping": {"name": stopping, "eta": 2, "rungs": [0.25, 0.5]}})
+    ledger = Ledger(folder / stopping)
+    scheduler = Asha(spec, ledger)
+    scheduler.set_search_properties("score", "max")
+    report = {"level": 1, "share": 0.25, "recorded": None, "error": None}
+    for index, score in enumerate(scores):
+        ledger.open(index, {}, "random")
+        trial = Trial("plain", stub=True, config={"trial": index})
+        scheduler.on_trial_add(None, trial)
+        result = {**dict.fromkeys(_REPORTED), **report, "score": score}
+        scheduler.on_trial_result(None, trial, result)
+    return [ledger.reports(i)[0]["decision"] for i in range(len(scores))]
+
+
+def test_rungs_stop_trials_only_where_stopping_says_so(tmp_path: Path) -> None:
+    assert asha(tmp_path, "asha", [0.3, 0.4, 0.1]) == ["continue", "continue", "stop"]
+    assert asha(tmp_path, "none", [0.3, 0.4, 0.1]) == ["continue"] * 3
+
+
+@pytest.mark.parametrize("end", [8, 12])
+def test_a_run_that_ended_itself_has_not_kept_the_strengths(
+    end: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it gained; nor need it have been evaluated."""
+    sweep = spec(tmp_path, [1e-3])
+    out, why = Path(sweep.out), f"step {end}: forgetting, more than 4 points below the baseline"
+    ledger, told = Ledger(out), list[dict[str, Any]]()
+    folder = ledger.open(0, {}, "reference").folder
+    row = {"step": end, "total_steps": 12, "loss": 1.0, "tokens": 5}
+
+    def run_training(run: Any, **_: Any) -> TrainedRun:
+        write_jsonl(folder / "metrics.jsonl", [row])
+        return TrainedRun(out, folder / "model", end, 0, 1.0, None, stopped=why)
+
+    monkeypatch.setattr(plain, "run_training", run_training)
+    monkeypatch.setattr(plain.tune, "report", told.append)
+    plain.run_trial({"trial": 0}, spec=sweep, out=out, base={}, group="")
+    scheduler, trial = Asha(sweep, ledger), Trial("plain", stub=True, config={"trial": 0})
+    scheduler.set_search_properties("score", "max")
+    scheduler.on_trial_add(None, trial)
+    scheduler.on_trial_result(None, trial, told[0])
+    (report,) = ledger.reports(0)
+    assert (report["share"], report["decision"], report["feasible"]) == (end / 12, "stop", False)
+    assert (ledger.trial(0).state, ledger.trial(0).error) == ("failed", why)
 
 
 def test_the_base_is_measured_whatever_a_pack_refuses(data_file: Path) -> None:

@@ -17,7 +17,7 @@ from qwen_ray.sweeps.objective import judge, ranking
 from qwen_ray.sweeps.proposals import STARTUP, Model, Proposals
 from qwen_ray.sweeps.searcher import TuneSearcher
 from qwen_ray.sweeps.space import WEIGHTS, from_tune
-from qwen_ray.sweeps.spec import SweepConfig, included, points
+from qwen_ray.sweeps.spec import StoppingConfig, SweepConfig, included, points
 
 DOMAINS = ["biology", "history", "security", "replay"]
 BASE = {f"eval_loss/{d}": 2.0 for d in DOMAINS}
@@ -298,3 +298,49 @@ def test_tune_gets_flat_configs_in_order_and_the_same_again(tmp_path: Path) -> N
         assert from_tune(config) == (i, ledger.trial(i).values)
     assert isinstance(configs[0], dict)
     assert configs[0]["data.weights/biology"] == 0.25
+
+
+def test_the_first_are_recorded_before_tune_asks(tmp_path: Path) -> None:
+    spec, ledger = problem("optuna", trials=12, stopping="halving"), Ledger(tmp_path)
+    searcher = TuneSearcher(Proposals(spec, ledger))
+    searcher.ahead(12)
+    first = {trial.index: trial.values for trial in ledger.trials()}
+    assert list(first) == list(range(SLOTS))  # what follows waits for the first cohort's reports
+    configs = [searcher.suggest(f"t{i}") for i in range(SLOTS)]
+    assert [from_tune(config) for config in configs if isinstance(config, dict)] == list(first.items())
+
+
+def test_what_tune_gives_up_is_said_and_may_end_the_search(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    searcher = TuneSearcher(Proposals(problem("optuna", trials=20, stopping="halving"), ledger))
+    for i in range(SLOTS):
+        searcher.suggest(f"t{i}")
+
+    def failed(index: int) -> bool:
+        ledger.set_state(index, "failed", "its process died")
+        return True
+
+    searcher.on_error = failed
+    for i in range(SLOTS):
+        assert searcher.suggest("later") is None
+        searcher.on_trial_complete(f"t{i}", error=True)
+    assert isinstance(searcher.suggest("later"), dict)  # nobody waits for their reports any more
+    searcher.on_error = lambda _: False
+    searcher.on_trial_complete("later", error=True)
+    assert searcher.suggest("more") == TuneSearcher.FINISHED
+
+
+def test_where_nothing_is_stopped_only_whole_trials_are_told(tmp_path: Path) -> None:
+    """Rungs are then only where trials are evaluated: the model is the one of whole trials."""
+    spec = problem("optuna", stopping="none")
+    rungs = spec.model_copy(update={"stopping": StoppingConfig(name="none", rungs=[0.1, 0.5])})
+    whole = {i: ("done", [0.1 * i]) for i in range(STARTUP)}
+    found = told(tmp_path / "told", {0: ("done", [0.1, 0.2, 0.3]), 1: ("running", [0.2, 0.4])}, rungs)
+    assert [found[i].state.name for i in range(2)] == ["COMPLETE", "RUNNING"]
+    proposed = []
+    for name, each, before in (("whole", spec, []), ("rungs", rungs, [0.0, 0.0])):
+        rows = {i: (state, [*before, *scores]) for i, (state, scores) in whole.items()}
+        told(tmp_path / name, rows, each)
+        proposed.append(Model(each).propose(STARTUP, *recorded(Ledger(tmp_path / name))))
+    assert proposed[0] is not None
+    assert proposed[0] == proposed[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Mapping
 
 import pytest
 from scipy import stats
@@ -13,6 +14,7 @@ from qwen_ray.errors import UserError
 from qwen_ray.sweeps.simplex import Simplex
 
 DOMAINS = ["biology", "history", "security", "replay"]
+FIXED = Simplex(DOMAINS, 0.02, {"replay": (0.2, 0.2), "security": (0.1, 0.1)})
 REGIONS = [
     Simplex(DOMAINS),
     Simplex(DOMAINS, 0.02),
@@ -20,6 +22,9 @@ REGIONS = [
     Simplex(DOMAINS, 0.05, {"replay": (0.3, 0.4), "biology": (0.0, 0.2)} | {"biology": (0.05, 0.2)}),
     Simplex(DOMAINS, 0.2, {"replay": (0.2, 0.26), "security": (0.2, 0.27)}),
     Simplex(DOMAINS[:2], 0.1),
+    FIXED,
+    Simplex(DOMAINS, 0.02, {"replay": (0.2, 0.2), "biology": (0.02, 0.3), "history": (0.02, 0.3)}),
+    Simplex(DOMAINS[:2], 0.0, {"biology": (0.4, 0.4), "history": (0.6, 0.6)}),
 ]
 
 
@@ -118,6 +123,28 @@ def test_a_lattice_keeps_bounds() -> None:
     cut = list(REGIONS[2].lattice(5))
     assert 0 < len(cut) < 56
     assert all(REGIONS[2].holds(mix) for mix in cut)
+    for region in REGIONS:  # all that are in range, in the order in which they are dealt out
+        lows, left = region._lows, 1 - math.fsum(region._lows)
+        whole = [
+            {d: low + left * n / 6 for d, low, n in zip(region.domains, lows, counts, strict=True)}
+            for counts in itertools.product(range(6, -1, -1), repeat=len(region.domains))
+            if sum(counts) == 6
+        ]
+        kept = {tuple(mix.values()): mix for mix in whole if region.holds(mix)}
+        assert list(region.lattice(6)) == list(kept.values())
+
+
+def test_a_lattice_with_fixed_shares_is_not_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ways to deal out 60 parts to four would be 39,711."""
+    asked: list[Mapping[str, float]] = []
+
+    def holds(_: Simplex, mix: Mapping[str, float]) -> bool:
+        asked.append(mix)
+        return True
+
+    monkeypatch.setattr(Simplex, "holds", holds)
+    assert list(FIXED.lattice(60)) == asked
+    assert len(asked) == 61
 
 
 def test_vertices_are_the_purest_mixtures() -> None:

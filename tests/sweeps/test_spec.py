@@ -273,6 +273,17 @@ def test_a_grid_has_as_many_trials_as_it_needs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the grid has 18 points") as e:
         load_sweep(write(tmp_path, **grid, search__trials=18))
     assert "search.trials=19" in e.value.fix
+    # Without mixtures the data need not be read for it.
+    of_files = {
+        "embedded_data": False,
+        "mixture": None,
+        "objective": None,
+        "run__data": {"train": ["a.jsonl"]},
+    }
+    of_files |= {key: value for key, value in grid.items() if not key.startswith("mixture")}
+    assert load_sweep(write(tmp_path, **of_files, search__trials=50)).search.trials == 1 + 2 * 3
+    with pytest.raises(UserError, match="the grid has 6 points"):
+        load_sweep(write(tmp_path, **of_files, search__trials=6))
 
 
 def test_a_mix_search_has_mixtures_of_its_own(tmp_path: Path) -> None:

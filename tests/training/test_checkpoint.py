@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,19 @@ from tests.training.ranks import launch
 from tests.training.test_loop import Store, config, run, weights
 
 
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """As a disk that is full: the kernel refuses to let files grow beyond ``size`` bytes."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
 def test_only_the_newest_are_kept_and_the_unfinished_are_not_seen(tmp_path: Path) -> None:
     store = Store(tmp_path, keep=2)
     store.protected = {1}
@@ -27,7 +42,8 @@ def test_only_the_newest_are_kept_and_the_unfinished_are_not_seen(tmp_path: Path
         store.save(step, lambda folder: (folder / "x").touch(), {})
     assert store.settle() is None
     (tmp_path / "step-00000009").mkdir()  # no manifest
-    names = ["step-00000001", "step-00000003", "step-00000004", "step-00000009"]
+    shutil.copytree(store.folder(4), tmp_path / "step-00000004.copy")  # somebody's own
+    names = ["step-00000001", "step-00000003", "step-00000004", "step-00000004.copy", "step-00000009"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     found = store.newest()
     assert found is not None
@@ -107,19 +123,13 @@ def test_if_all_are_damaged_nothing_starts_over_silently(tmp_path: Path, data_fi
 def test_a_disk_that_is_full_costs_no_older_checkpoint(
     asynchronous: bool, tmp_path: Path, data_file: Path
 ) -> None:
-    """The kernel refuses to let files grow: the save fails, is reported, and the older one stays."""
+    """The save fails, is reported, and the older one stays."""
     store = Store(tmp_path, keep=1, asynchronous=asynchronous)
     store.save(1, lambda folder: (folder / "x").write_bytes(b"x" * 10), {})
     assert store.settle() is None
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    with files_up_to(50_000):
         told = store.save(2, lambda folder: (folder / "x").write_bytes(b"x" * 100_000), {})
         failure = told or store.settle()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
     assert failure is not None
     assert "rank 0: OSError" in failure
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []  # nothing keeps the disk full

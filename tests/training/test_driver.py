@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,9 +20,12 @@ import torch
 
 from qwen_ray import models
 from qwen_ray.config import RunConfig, build_config
+from qwen_ray.errors import UserError
 from qwen_ray.fsio import read_json, write_json
 from qwen_ray.planner.hardware import GPUS
-from qwen_ray.training.driver import _decided, _planned_alone
+from qwen_ray.training import driver
+from qwen_ray.training.driver import _decided, _planned_alone, _resolve_strategy
+from qwen_ray.training.nodes import Gpu, this_gpu
 from qwen_ray.training.tracking import MetricsTail, Tracker, read_metrics, wandb_mode
 from tests.training.test_loop import config
 
@@ -218,19 +223,50 @@ def test_without_a_cluster_the_default_is_this_process(
     assert workers() == 0
     assert workers(**{"cluster.workers": 2}) == 2
     assert workers(**{"strategy.name": "fsdp"}) == 1
-    assert workers(**{"cluster.gpus_per_worker": 1.0}) == 1
+    assert workers(**{"cluster.gpus_per_worker": 1}) == 1
     assert workers(**{"cluster.address": "somewhere:6379"}) == 1
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
     assert workers() == 1
 
 
+def test_workers_get_whole_paths_and_aliases_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "7b", "mine"):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "config.json", {})
+    for name, means in {"tiny": "tiny", "7b": "7b", "./tiny": str(tmp_path / "tiny")}.items():
+        assert driver.absolute(build_config(flags={"model.name": name})).model.name == means
+    relative = build_config(
+        flags={
+            "model.name": "mine",
+            "data.train": ["a"],
+            "data.validation": ["b"],
+            "evaluate.suites": ["tiny", "mine", "./tiny", "absent"],
+            "evaluate.suites_data_dir": "files",
+            "strategy.nvme_path": "disk",
+            "out": "run",
+        }
+    )
+    whole = driver.absolute(relative)
+    assert whole.model.name == str(tmp_path / "mine")
+    assert [whole.data.train, whole.data.validation] == [[str(tmp_path / "a")], [str(tmp_path / "b")]]
+    assert whole.evaluate.suites == ["tiny", str(tmp_path / "mine"), str(tmp_path / "tiny"), "absent"]
+    assert whole.evaluate.suites_data_dir == str(tmp_path / "files")
+    assert whole.strategy.nvme_path == str(tmp_path / "disk")
+    assert driver.absolute(whole) == whole
+    out = tmp_path / "run"
+    write_json(out / "run.json", {"id": "x", "state": "interrupted"})
+    (out / "config.yaml").write_text(relative.to_yaml())  # as older versions wrote it
+    assert driver._open_run(out, whole)["id"] == "x"
+
+
 def test_on_one_gpu_it_trains_as_it_is_planned(caplog: pytest.LogCaptureFixture) -> None:
     """What the planner sets beside ddp is taken; what takes Ray is said."""
-    memory = GPUS["h100-80gb"].memory
+    gpu = Gpu(GPUS["h100-80gb"].memory, bf16=True)
 
     def planned(**flags: Any) -> RunConfig:
         sets = {"data.max_length": 4096, "optim.batch_size": 4, **flags}
-        return _planned_alone(build_config(flags=sets), memory)
+        return _planned_alone(build_config(flags=sets), gpu)
 
     lora = planned(**{"model.name": "7b"})
     assert (lora.strategy.name, lora.compute.activation_checkpointing) == ("ddp", True)
@@ -238,6 +274,22 @@ def test_on_one_gpu_it_trains_as_it_is_planned(caplog: pytest.LogCaptureFixture)
     full = planned(**{"model.name": "7b", "method.name": "full"})
     assert (full.strategy.name, full.strategy.offload_optimizer) == ("ddp", "none")
     assert "--workers 1" in caplog.text
+
+
+def test_auto_is_planned_in_fp16_where_a_gpu_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsdp, which would refuse fp16 when it starts, is not chosen."""
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 * 10**9)
+    )
+    monkeypatch.setattr("qwen_ray.training.driver.workers_gpu", lambda *_: this_gpu())
+    chosen = []
+    for bf16 in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=bf16: has)
+        sets = {"model.name": "7b", "data.max_length": 2048, "optim.batch_size": 1, "cluster.workers": 2}
+        resolved = _resolve_strategy(build_config(flags=sets), 1)
+        chosen.append(resolved.strategy.name)
+        assert resolved.precision == "auto"
+    assert chosen == ["fsdp", "deepspeed"]
 
 
 def test_a_failure_in_this_process_is_one_line_and_a_note(tmp_path: Path, data_file: Path) -> None:
@@ -251,13 +303,36 @@ def test_a_failure_in_this_process_is_one_line_and_a_note(tmp_path: Path, data_f
     assert "Traceback" in read_json(out / "errors" / "rank-00000.json")["traceback"]
 
 
+def test_what_is_raised_is_why_it_failed_though_the_disk_is_full(
+    tmp_path: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path, value: dict[str, Any]) -> None:
+        if value["state"] == "failed":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_json(path, value)
+
+    monkeypatch.setattr(driver, "write_json", write)
+    with pytest.raises(UserError, match="fsdp shards over workers"):
+        driver.run_training(config(data_file, tmp_path, "strategy.name=fsdp"))
+    assert read_json(tmp_path / "run.json")["state"] == "running"
+
+
+def test_where_no_folder_can_be_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="there can be no folder here") as e, driver.locked(out):
+            pass
+        assert (e.value.where, e.value.fix) == (str(out), "choose another --out")
+
+
 @pytest.mark.cluster
 def test_more_than_the_cluster_has_is_refused_not_awaited(tmp_path: Path, data_file: Path) -> None:
     """Ray itself would wait for the resources for ever."""
-    process = start(command(data_file, tmp_path / "run", "--set", "cluster.gpus_per_worker=64"))
+    more = ["--set", "cluster.gpus_per_worker=1"]
+    process = start(command(data_file, tmp_path / "run", *more, workers=64))
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "2 workers with 64 GPU each need 128" in stderr
+    assert "64 workers with 1 GPU each need 64" in stderr
     assert "fewer workers" in stderr
 
 

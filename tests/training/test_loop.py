@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,15 @@ from qwen_ray.config import OptimConfig, RunConfig, build_config
 from qwen_ray.data.packing import collate, pack
 from qwen_ray.data.tokenise import tokenise
 from qwen_ray.errors import UserError
-from qwen_ray.training import attention
+from qwen_ray.training import attention, loop
 from qwen_ray.training import checkpoint as ckpt
 from qwen_ray.training.loop import set_up, train
 from qwen_ray.training.loss import TokenLoss
 from qwen_ray.training.schedule import learning_rate
+from qwen_ray.training.strategy.base import trained
 from qwen_ray.training.strategy.ddp import Ddp
 from tests.conftest import sums
+from tests.evaluation.test_monitor import scored
 
 REF = models.resolve("tiny")
 
@@ -71,6 +74,16 @@ class DyingStore(Store):
             return None
         assert self.settle() is None
         raise _Killed
+
+
+class FullStore(Store):
+    """Of a disk that is full at step 2."""
+
+    def save(self, step: int, write: Callable[[Path], None], manifest: dict[str, Any]) -> str | None:
+        def full(_: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+        return super().save(step, full if step == 2 else write, manifest)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -200,6 +213,51 @@ def test_weights_that_the_last_step_ruined_are_not_handed_over(tmp_path: Path, d
     assert rows == []
     assert store.newest() is None
     assert not (tmp_path / "left").exists()
+
+
+def test_weights_of_a_gradient_that_is_not_finite_are_not_kept(
+    tmp_path: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the last step is as ever."""
+    backward = Ddp.backward
+
+    def ruined(strategy: Ddp, loss: torch.Tensor) -> None:
+        backward(strategy, loss)
+        if len(rows) == 3:
+            gradient = next(iter(trained(strategy.module).values())).grad
+            assert gradient is not None
+            gradient.view(-1)[0] = torch.nan
+
+    monkeypatch.setattr(Ddp, "backward", ruined)
+    sets = ("optim.max_steps=4", "checkpoint.every_steps=2", "data.validation_fraction=0")
+    store, rows = Store(tmp_path / "c"), list[dict[str, Any]]()
+    settings, left = config(data_file, tmp_path, *sets), tmp_path / "left"
+    with pytest.raises(FloatingPointError, match=r"gradient's norm is nan at step 4; lower optim"):
+        train(settings, strategy=Ddp(), store=store, on_metrics=rows.append, artifact=left)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [ckpt.step_of(folder) for folder in ckpt.complete(store.root)] == [2]
+    assert not left.exists()
+
+
+def test_a_step_that_loss_scaling_skips_ends_nothing(tmp_path: Path, data_file: Path) -> None:
+    """Its gradients overflowed in float16, and JSON has no word for that."""
+    sets = ("precision=fp16", "optim.max_steps=3", "data.max_length=32", "data.validation_fraction=0")
+    rows, _ = run(config(data_file, tmp_path, *sets), Store(tmp_path / "c"))
+    assert any(row["grad_norm"] == math.inf for row in rows)
+    assert all(math.isfinite(row["loss"]) for row in rows)
+
+
+def test_a_best_step_without_a_checkpoint_is_not_gone_back_to(
+    tmp_path: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of step 2 are better, but the disk was full; at step 3 arithmetic is forgotten."""
+    store = FullStore(tmp_path / "c")
+    found = iter([scored(1, 4, 5), scored(2, 4, 5), scored(4, 4, 5), scored(3, 0, 5)])
+    monkeypatch.setattr(loop, "evaluate_suites", lambda _: [next(found)])
+    sets = ("evaluate.suites=[tiny]", "evaluate.suites_every_steps=1", "evaluate.on_forgetting=rollback")
+    _, ended = run(config(data_file, tmp_path, *sets, "checkpoint.every_steps=100"), store)
+    assert (ended.steps, ended.step) == (3, 1)
+    assert [ckpt.step_of(folder) for folder in ckpt.complete(store.root)] == [1, 3]
 
 
 def test_a_model_is_left_in_the_format_it_came_in(tmp_path: Path, data_file: Path) -> None:

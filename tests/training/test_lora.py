@@ -343,6 +343,11 @@ def test_the_head_is_adapted_only_by_name_and_untied(tmp_path: Path) -> None:
     settings.tie_word_embeddings = False
     model = type(base())(settings)
     assert "lm_head" not in lora.target_modules(model, method())
+    model.lm_head.weight.ds_id = 0  # as ZeRO stage 3 marks what it has sharded
+    with pytest.raises(UserError, match="for each chunk"):
+        lora.target_modules(model, method(targets=[".*_head"]))
+    assert lora.target_modules(model, method(targets="qv")) == ["q_proj", "v_proj"]
+    del model.lm_head.weight.ds_id
     wrapped = lora.add_adapter(model, method(targets=["lm_head", "q_proj"]), seed=0)
     lora.export_adapter(wrapped, tmp_path)
     from safetensors.torch import load_file

@@ -137,6 +137,8 @@ def test_a_wrong_adapter_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         ("trained on another base", [(tmp_path / "other", 1.0)]),
         ("DoRA rescales", [(tmp_path / "dora", 0.5)]),
         ("DoRA rescales", [(tmp_path / "plain", 1.0), (tmp_path / "dora", 1.0)]),
+        ("cannot have the weight nan", [(tmp_path / "plain", float("nan"))]),
+        ("cannot have the weight inf", [(tmp_path / "plain", float("inf"))]),
         ("no adapter", []),
         ("no such file", [(tmp_path, 1.0)]),
         ("not converted", [(broken("pissa", tensors, init_lora_weights="pissa"), 1.0)]),
@@ -164,6 +166,8 @@ def test_a_wrong_adapter_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
             merge("tiny", adapters, tmp_path / "out")
     with pytest.raises(UserError, match="not a format"):
         merge("tiny", [(tmp_path / "plain", 1.0)], tmp_path / "out", dtype="int8")
+    with pytest.raises(UserError, match=r"model\.layers\.0\..* infinity in float16"):
+        merge("tiny", [(tmp_path / "plain", 1e12)], tmp_path / "out", dtype="fp16")
     with pytest.raises(UserError, match="exists"):
         merge("tiny", [(tmp_path / "plain", 1.0)], tmp_path / "dora")
     assert not any("out" in p.name for p in tmp_path.iterdir())

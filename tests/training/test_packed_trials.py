@@ -89,6 +89,24 @@ def test_a_loss_that_is_not_finite_fails_its_trial_only(world: World) -> None:
     assert pack.step() == {}
 
 
+def test_a_gradient_that_is_not_finite_fails_its_trial_only(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, calm = (pack_of(world, [], ["seed=1"]) for _ in range(2))
+    backward = pack._backward
+
+    def ruined(taken: Any) -> torch.Tensor:
+        losses = backward(taken)
+        pack.bank.grads[0][:1].fill_(torch.inf)
+        return losses
+
+    monkeypatch.setattr(pack, "_backward", ruined)
+    assert list(pack.step()) == ["1"]
+    assert pack.slots["0"].failed == "the gradient's norm is inf at step 1; lower optim.learning_rate"
+    calm.step()
+    assert_same(values(pack, "1"), values(calm, "1"))
+
+
 def test_passes_are_few_and_even(world: World) -> None:
     base = pack_of(world, []).base
     parts: dict[int, Any] = {}

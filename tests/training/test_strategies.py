@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from qwen_ray.config import RunConfig
 from qwen_ray.errors import UserError
+from qwen_ray.training import checkpoint
+from qwen_ray.training.strategy.deepspeed import DeepSpeed
 from tests.training.ranks import launch, run
 from tests.training.test_loop import config
 
@@ -119,6 +121,19 @@ def test_a_buffer_is_as_large_as_the_largest_parameter() -> None:
     assert largest_parameter(ref) == max(p.numel() for p in model.parameters())
 
 
+def test_eight_bit_state_is_neither_too_large_nor_divided_anew(tmp_path: Path) -> None:
+    strategy = DeepSpeed(torch.device("cpu"))
+    asked = RunConfig.model_validate({"optim": {"name": "adamw_8bit"}, "strategy": {"name": "deepspeed"}})
+    large = torch.nn.Linear(2**16, 2**15, bias=False, device="meta")
+    with pytest.raises(UserError, match="steps at most"):
+        strategy.join(large, lambda module: torch.optim.SGD(module.parameters()), asked)
+    (tmp_path / "state").mkdir()
+    for rank in range(2):
+        (tmp_path / "state" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(UserError, match=r"go on at cluster\.workers=2"):
+        strategy.restore(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_smaller_last_step_is_a_step(tmp_path: Path) -> None:
     """One pass over 12 records, 8 a step: the last step has half of the micro-batches."""
@@ -183,18 +198,26 @@ def test_another_number_of_ranks_goes_on(  # noqa: PLR0917
         assert worst < 2e-5, (name, worst)
 
 
-def lacks_its_data(given: dict[str, Any], root: Path) -> None:
+def lacks_its_files(given: dict[str, Any], root: Path) -> None:
     config = RunConfig.model_validate(given)
-    if os.environ["RANK"] == "1":
-        config.data.train = [str(root / "missing.jsonl")]
-    with pytest.raises(UserError, match="no such data file") as e:
-        run(config, root)
-    assert "missing.jsonl" in e.value.where
+    rank, named = os.environ["RANK"], {"missing.jsonl": "missing.jsonl", "other.jsonl": "data.jsonl"}
+    for name, what in (("missing.jsonl", "no such data file"), ("other.jsonl", "rank 1 has another content")):
+        if rank == "1":
+            config.data.train = [str(root / name)]
+        with pytest.raises(UserError, match=what) as e:
+            run(config, root)
+        assert named[name] in e.value.where
+    checkpoint._SHOWS_SECONDS = 0.0
+    with pytest.raises(UserError, match=r"not on storage that all workers mount: .* rank 1 does not see"):
+        run(config, root / rank)
 
 
-def test_a_file_that_one_node_lacks_is_told_by_all(data: Path, tmp_path: Path) -> None:
-    """Else the others would wait for that rank until a timeout."""
-    launch(2, lacks_its_data, settings(data, tmp_path, "lora", "true").model_dump(mode="json"), tmp_path)
+def test_files_that_one_node_lacks_are_told_by_all(data: Path, tmp_path: Path) -> None:
+    """Else the others would wait for that rank until a timeout, or train with it on other data."""
+    lines = data.read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(lines[1:]))
+    launch(2, lacks_its_files, settings(data, tmp_path, "lora", "true").model_dump(mode="json"), tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
 
 
 def test_a_run_that_was_stopped_stays_stopped(data: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from qwen_ray.serving.engines import vllm as module
 from qwen_ray.serving.engines.base import GenerateRequest, ScoreItem
 from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.engines.vllm import VllmEngine
+from tests.serving.generations import start
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: `make test-vllm`")
 NAMES = (None, "geo", "law", "bio")
@@ -106,7 +107,7 @@ def test_when_all_places_are_taken_the_client_is_told_to_come_back(
 def test_a_cancelled_generation_holds_what_there_is(engine: VllmEngine, loaded: TorchEngine) -> None:
     queue, first = engine.queue(), threading.Event()
     want = loaded.generate([GenerateRequest(None, [9, 8, 7], 250)])[0].ids
-    running = queue.generate(GenerateRequest(None, [9, 8, 7], 250), lambda _: first.set())
+    running = start(queue, GenerateRequest(None, [9, 8, 7], 250), lambda _: first.set())
     assert first.wait(60)
     running.cancel()
     got = running.future.result(60)
@@ -123,8 +124,8 @@ def test_a_listener_that_fails_ends_its_own_request_only(engine: VllmEngine) -> 
 
     queue = engine.queue()
     bad, good = (
-        queue.generate(GenerateRequest(None, [1], 5), fail),
-        queue.generate(GenerateRequest(None, [1], 5)),
+        start(queue, GenerateRequest(None, [1], 5), fail),
+        start(queue, GenerateRequest(None, [1], 5)),
     )
     with pytest.raises(ValueError, match="the listener's"):
         bad.future.result(60)
@@ -133,7 +134,7 @@ def test_a_listener_that_fails_ends_its_own_request_only(engine: VllmEngine) -> 
 
 def test_a_lost_engine_process_is_noticed(engine: VllmEngine) -> None:
     """Last: the engine is of no use after it. Serve replaces a replica whose queue is not alive."""
-    running = engine.queue().generate(GenerateRequest(None, [1], 250))
+    running = start(engine.queue(), GenerateRequest(None, [1], 250))
     for child in psutil.Process().children(recursive=True):
         if "resource_tracker" not in " ".join(child.cmdline()):
             child.kill()

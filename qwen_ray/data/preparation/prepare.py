@@ -37,6 +37,7 @@ from qwen_ray.errors import UserError
 from qwen_ray.fsio import (
     beside,
     files_under,
+    output_path,
     read_json,
     replacing,
     sha256_file,
@@ -158,10 +159,13 @@ def prepare(config: PrepareConfig, *, progress: Progress | None = None) -> Prepa
     """Write the training file and what belongs to it, unless they are there already.
 
     Too few records are reported, and no error. ``progress`` gets the parts done and their number. Raises
-    :class:`UserError` for unknown sources, unreadable files, no usable record, and data of a held-out set.
+    :class:`UserError` for unknown sources, unreadable files, no usable record, data of a held-out set, and an
+    output that is part of what is read.
     """
-    out = Path(config.out)
     paths = _paths(config)
+    kept_apart = [path for path in (config.benchmarks, *config.heldout) if path is not None]
+    read = [*(path for where in paths.values() for path in where), *kept_apart]
+    out = output_path(config.out, inputs=read)
     inputs = _inputs(paths)
     for heldout in config.heldout:
         check_disjoint({"sources": sorted(paths), "inputs": inputs}, Path(heldout))

@@ -183,13 +183,11 @@ class EngineQueue(Protocol):
     def score(self, items: Sequence[ScoreItem]) -> Future[list[ScoreResult]]:
         """Scores of all items, in order."""
 
-    def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> Running:
-        """Continue a prompt; ``on_token`` runs on the engine's thread, so it must be quick."""
-
-    def generate_all(
+    def generate(
         self, requests: Sequence[GenerateRequest], on_token: OnTokenOf | None = None
     ) -> Sequence[Running]:
-        """Continue the prompts of one client's request: all of them are taken or all refused."""
+        """Continue the prompts of one client's request: all of them are taken or all refused. ``on_token``
+        runs on the engine's thread, so it must be quick."""
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Run ``function`` where the engine may be changed, between forwards, and return what it returns."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from qwen_ray.errors import UserError
-from qwen_ray.serving.engines.base import MAX_TOP, Alternatives, GenerateRequest, GenerateResult, TokenEvent
+from qwen_ray.serving.engines.base import (
+    MAX_TOP,
+    Alternatives,
+    GenerateRequest,
+    GenerateResult,
+    OnToken,
+    OnTokenOf,
+    TokenEvent,
+)
 from qwen_ray.serving.engines.packing import check_ids
 from qwen_ray.serving.engines.prefix import BLOCK, past, plain_layers, stacked
+from qwen_ray.serving.engines.shared import listener
 from qwen_ray.serving.engines.text import TextStream
 
 if TYPE_CHECKING:
+    from qwen_ray.serving.backlog import Backlog, Place
     from qwen_ray.serving.engines.torch import TorchEngine
 
 USUAL_TOKENS = 256
@@ -46,10 +56,7 @@ class DecodeRow:
     """One request on its way. It survives the batch it is in: its tokens so far are all its state."""
 
     def __init__(
-        self,
-        engine: TorchEngine,
-        request: GenerateRequest,
-        on_token: Callable[[TokenEvent], None] | None = None,
+        self, engine: TorchEngine, request: GenerateRequest, on_token: OnToken | None = None
     ) -> None:
         self.request, self.on_token = request, on_token
         self.result = GenerateResult([], "", "")
@@ -67,6 +74,21 @@ class DecodeRow:
     @property
     def tokens(self) -> list[int]:
         return [*self.request.prompt, *self.result.ids]
+
+    @classmethod
+    def enter(
+        cls,
+        engine: TorchEngine,
+        requests: Sequence[GenerateRequest],
+        on_token: OnTokenOf | None,
+        backlog: Backlog,
+    ) -> tuple[list[Self], list[Place]]:
+        """Rows of one client's requests, and their places in the backlog. :class:`UserError` for all of them
+        if one is invalid or too much waits (429)."""
+        for request in requests:
+            engine.check_generate(request)
+        rows = [cls(engine, request, listener(i, on_token)) for i, request in enumerate(requests)]
+        return rows, backlog.enter_all([row.expected_tokens for row in rows])
 
     @property
     def expected_tokens(self) -> int:

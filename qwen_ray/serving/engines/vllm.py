@@ -269,4 +269,4 @@ class VllmEngine:
         self, requests: Sequence[GenerateRequest], on_token: Callable[[int, TokenEvent], None] | None = None
     ) -> list[GenerateResult]:
         """Continue every prompt; ``on_token(i, event)`` is called as request ``i`` gets a token."""
-        return [running.future.result() for running in self._queue.generate_all(requests, on_token)]
+        return [running.future.result() for running in self._queue.generate(requests, on_token)]

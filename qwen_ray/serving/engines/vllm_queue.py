@@ -18,14 +18,12 @@ from qwen_ray.serving.engines.base import (
     ContinuationScore,
     GenerateRequest,
     GenerateResult,
-    OnToken,
     OnTokenOf,
     ScoreItem,
     ScoreResult,
 )
 from qwen_ray.serving.engines.decode import DecodeRow
 from qwen_ray.serving.engines.packing import truncated
-from qwen_ray.serving.engines.shared import listener
 
 if TYPE_CHECKING:
     from qwen_ray.serving.engines.vllm import VllmEngine
@@ -96,25 +94,14 @@ class VllmQueue:
             return _failed(e)
         return self._run(partial(self._score, items), place)
 
-    def generate(self, request: GenerateRequest, on_token: OnToken | None = None) -> VllmGeneration:
-        """Continue a prompt. ``on_token`` runs on vLLM's loop, so it must be quick."""
-        listen = None if on_token is None else lambda _, event: on_token(event)
-        return self.generate_all([request], listen)[0]
-
-    def generate_all(
+    def generate(
         self, requests: Sequence[GenerateRequest], on_token: OnTokenOf | None = None
     ) -> list[VllmGeneration]:
         """Continue the prompts of one client's request: all of them or, if one is invalid or too much waits
-        (429), none."""
+        (429), none. ``on_token`` runs on vLLM's loop, so it must be quick."""
         core = self.engine.core
         try:
-            for request in requests:
-                self.engine.check_generate(request)
-            rows = [
-                _Row(self.engine, r, listener(i, on_token))  # type: ignore[arg-type]
-                for i, r in enumerate(requests)
-            ]
-            places = self.backlog.enter_all([row.expected_tokens for row in rows])
+            rows, places = _Row.enter(self.engine, requests, on_token, self.backlog)  # type: ignore[arg-type]
         except UserError as e:
             return [VllmGeneration(None, _failed(e), core) for _ in requests]
         return [

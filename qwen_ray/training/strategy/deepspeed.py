@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qwen_ray import models
+from qwen_ray import combinations, models
 from qwen_ray.config import RunConfig
 from qwen_ray.errors import UserError
 from qwen_ray.training.base import load_base
@@ -70,8 +70,13 @@ class DeepSpeed(Strategy):
         return model
 
     def join(self, module: nn.Module, make_optimizer: MakeOptimizer, config: RunConfig) -> None:
-        deepspeed = _deepspeed()
         optimizer: Any = make_optimizer(module)
+        self._eight_bit = config.optim.name == "adamw_8bit"
+        largest = max(sum(p.numel() for p in group["params"]) for group in optimizer.param_groups)
+        why = combinations.oversize(config, largest, self.world_size)
+        if why:
+            raise UserError(why, where="strategy.zero_stage", fix="strategy.zero_stage=3, or more workers")
+        deepspeed = _deepspeed()
         if config.strategy.offload_optimizer != "none" and self.device.type == "cuda":
             # Steps on the host: a kernel for its vector units, built when first used.
             optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(optimizer.param_groups, adamw_mode=True)
@@ -150,6 +155,13 @@ class DeepSpeed(Strategy):
             raise RuntimeError(f"no ZeRO shard in {folder / _TAG}")
         tag = _TAG
         if written_by != self.world_size:
+            if self._eight_bit:
+                raise UserError(
+                    f"the checkpoint is of {written_by} workers, and DeepSpeed cannot divide its 8-bit state "
+                    f"among {self.world_size}",
+                    where="cluster.workers",
+                    fix=f"go on at cluster.workers={written_by}, or train anew with optim.name=adamw",
+                )
             tag = f"{_TAG}-universal"
             self._make_universal(folder, tag)
         inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
