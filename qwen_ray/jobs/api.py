@@ -68,6 +68,7 @@ class JobsApi:
         self.address = server_address(address)
         self._token = auth_token()
         self._client = httpx.Client(base_url=self.address, headers=self._headers(), timeout=_QUICK)
+        self._has_answered = False
 
     def close(self) -> None:
         self._client.close()
@@ -181,6 +182,8 @@ class JobsApi:
         try:
             response = self._client.request(method, path, timeout=seconds, **options)
         except httpx.RemoteProtocolError as e:
+            if self._has_answered:  # then it is a web server, and died while it was asked
+                raise Unreachable(f"no head answers ({e})", where=self.address, fix=_REACH) from e
             raise UserError(
                 f"what answers there is no web server ({e})", where=self.address, fix=_PORT
             ) from e
@@ -190,6 +193,7 @@ class JobsApi:
             ) from e
         except httpx.TransportError as e:
             raise Unreachable(f"no head answers ({e})", where=self.address, fix=_REACH) from e
+        self._has_answered = True
         if response.status_code in {401, 403}:
             raise self._unauthorised()
         return response

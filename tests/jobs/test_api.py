@@ -148,6 +148,20 @@ def test_the_port_of_something_that_is_no_web_server() -> None:
     assert "6379" in str(raised.value)
 
 
+def test_a_head_that_dies_while_it_is_asked() -> None:
+    """Its connection ends without an answer, as that of another server would; but it has answered before."""
+
+    def once(connection: socket.socket) -> None:
+        connection.recv(4096)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
+        connection.recv(4096)
+
+    with answering(once) as address, JobsApi(address) as server:
+        assert server.jobs() == []
+        with pytest.raises(Unreachable, match="no head answers"):
+            server.jobs()
+
+
 def test_a_head_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "_QUICK", 0.2)
     done = threading.Event()
