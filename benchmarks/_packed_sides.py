@@ -182,11 +182,11 @@ class Solo:
     """One trial in our loop, step by step."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        from qwen_ray.training import loop, strategy
+        from qwen_ray.training import loop, run, strategy
 
         self._take, self._notice = loop.take_step, loop.Notice(None)
-        self._run = loop.set_up(config, strategy.make("ddp", device))
-        self.total = loop.plan(config, self._run.data)
+        self._run = run.set_up(config, strategy.make("ddp", device))
+        self.total = run.plan(config, self._run.data)
         self._steps = self._run.feed.steps(
             self._run.data.stream, rows=self._run.rows_a_step, count=self.total
         )

@@ -263,7 +263,7 @@ def base_losses(config: RunConfig) -> dict[str, float]:
     It is what a run would measure before its first step, its base in 4 bits where the method has it so. Runs
     where a worker would, so it imports torch.
     """
-    from qwen_ray.training import loop, strategy
+    from qwen_ray.training import loop, run, strategy
 
     held = {"name", "quantization", "double_quantization"} if config.method.name == "qlora" else set()
     bare = config.model_copy(
@@ -275,4 +275,4 @@ def base_losses(config: RunConfig) -> dict[str, float]:
             "cluster": ClusterConfig(workers=0),
         }
     )
-    return loop.validation_loss(loop.set_up(bare, strategy.make("ddp")))
+    return loop.validation_loss(run.set_up(bare, strategy.make("ddp")))

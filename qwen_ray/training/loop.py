@@ -22,38 +22,29 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 
-from qwen_ray import __version__, models
 from qwen_ray.config import RunConfig
-from qwen_ray.data.dataset import Dataset, build_dataset
 from qwen_ray.data.packing import Batch
-from qwen_ray.errors import UserError
-from qwen_ray.evaluation.monitor import ForgettingMonitor, Verdict
-from qwen_ray.fsio import read_json, sha256_json, write_json
-from qwen_ray.planner.hardware import peak_flops
-from qwen_ray.training import attention, checkpoint, lora, loss, memory, precision
+from qwen_ray.evaluation.monitor import Verdict
+from qwen_ray.fsio import sha256_json
+from qwen_ray.training import memory
 from qwen_ray.training.checkpoint import CheckpointStore
-from qwen_ray.training.feed import Feed, Step
-from qwen_ray.training.optimizer import make_optimizer
+from qwen_ray.training.feed import Step
+from qwen_ray.training.run import Run, plan, set_up
 from qwen_ray.training.schedule import learning_rate
+from qwen_ray.training.state import hand_over, restore, roll_back, save
 from qwen_ray.training.strategy.base import Strategy
-from qwen_ray.training.throughput import Flops, Meter
+from qwen_ray.training.throughput import Meter
 from qwen_ray.training.tracking import EXAMPLES, Lines
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 OnMetrics = Callable[[dict[str, Any]], None]
 NOTICE_SECONDS = 5.0
 """How often to ask whether this node is about to be taken away: asking waits for every worker."""
-MAX_FAILED_SAVES = 3
-"""Checkpoints in a row that may fail to be written before the run ends rather than risk more work."""
 
 
 @dataclass
@@ -68,58 +59,6 @@ class Result:
     step: int
     data: dict[str, Any]
     stopped: str | None = None
-
-
-@dataclass
-class Run:
-    """What one worker trains with, put together once."""
-
-    config: RunConfig
-    strategy: Strategy
-    tokenizer: PreTrainedTokenizerBase
-    data: Dataset
-    numbers: precision.Precision
-    model: PreTrainedModel
-    loss: loss.TokenLoss
-    """The model under its loss; ``strategy.module`` is this, wrapped."""
-    feed: Feed
-    meter: Meter
-    monitor: ForgettingMonitor
-    base: str
-    """Fingerprint of the weights that training starts from."""
-    clock: float = 0.0
-    """When the step under way began; data that was waited for counts."""
-    failed_saves: int = 0
-    unsaved: str | None = None
-    """Why the newest checkpoint could not be written, as far as is known."""
-
-    @property
-    def rows_a_step(self) -> int:
-        """Rows of the global batch. Counted with the configured workers, so fewer make the same steps."""
-        return self.config.rows_a_step
-
-    @property
-    def identity(self) -> str:
-        """A hash of everything that decides the result: a checkpoint goes on only under the same one.
-
-        Where a run is stored, how it is watched, spread and split into micro-batches are left out.
-        """
-        return identity(self.config, self.base, self.data)
-
-
-def identity(config: RunConfig, base: str, data: Dataset) -> str:
-    """See :attr:`Run.identity`. ``base``: the fingerprint of the base's weights."""
-    decides = config.model_dump(
-        mode="json",
-        include={
-            **dict.fromkeys(("model", "method", "optim", "precision", "seed"), True),
-            "data": {"packing", "packing_window", "max_epochs", "curriculum"},
-        },
-        exclude={"optim": {"batch_size", "gradient_accumulation"}},
-    )
-    decides |= {"base": base, "rows_a_step": config.rows_a_step}
-    decides["data"] |= {**data.manifest, "files": sorted(data.manifest["files"].values())}
-    return sha256_json(decides)
 
 
 def train(
@@ -184,13 +123,6 @@ def train(
     if artifact is not None:
         hand_over(run, artifact)
     return Result(steps=step, resumed_from=first, step=kept, data=run.data.manifest, stopped=stopped)
-
-
-def plan(config: RunConfig, data: Dataset) -> int:
-    """Fix the length of the run in its stream; returns the number of its steps."""
-    optim, rows_a_step = config.optim, config.rows_a_step
-    rows = optim.max_steps * rows_a_step if optim.max_steps else None
-    return max(1, -(-data.stream.plan(rows=rows, passes=optim.epochs) // rows_a_step))
 
 
 def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -290,130 +222,6 @@ def judge(run: Run, step: int, metrics: dict[str, Any]) -> Verdict:
     return verdict
 
 
-def save(
-    run: Run, store: CheckpointStore, step: int, data_state: dict[str, Any], stopped: str | None = None
-) -> None:
-    """Write a checkpoint; a failure costs only it, until too many have failed in a row.
-
-    That of a best step to roll back to is waited for: without it the best before counts again.
-    """
-    settings, monitor = run.config.evaluate, run.monitor
-    store.protected = {monitor.best_step} if monitor.started else set()
-    is_best = settings.on_forgetting == "rollback" and monitor.started and monitor.best_step == step
-    before = store.settle()  # first, so that no two copies of the state are in memory
-    content = manifest(
-        run.config, run.identity, run.strategy.format, run.data, data_state, monitor.state(), stopped
-    )
-    run.unsaved = store.save(step, snapshot(run), content)
-    if is_best:
-        run.unsaved = run.unsaved or store.settle()
-        if run.unsaved and step == monitor.baseline_step:
-            raise RuntimeError(f"the checkpoint to go back to was not written: {run.unsaved}")
-        if run.unsaved:
-            monitor.take_back()
-    failure = run.unsaved or before
-    run.failed_saves = run.failed_saves + 1 if failure else 0
-    if run.failed_saves >= MAX_FAILED_SAVES:
-        raise RuntimeError(f"{run.failed_saves} checkpoints in a row were not written: {failure}")
-
-
-def set_up(config: RunConfig, strategy: Strategy, *, started: Path | None = None) -> Run:
-    """Data, model, optimizer: the same on every worker. ``started``: a checkpoint that is restored next."""
-    part = agreed(strategy, lambda: _local_part(config, strategy))
-    _check_alike(config, strategy, part)
-    compute = config.compute
-    model = strategy.load(part.ref, config, part.numbers, started and started / "adapter")
-    if compute.activation_checkpointing:
-        memory.checkpoint_layers(model)
-    if compute.compile:
-        memory.compile_layers(model)
-    module = loss.TokenLoss(model, attention=part.attention, loss=part.loss)
-    strategy.join(module, lambda m: make_optimizer(m, config.optim, config.method), config)
-    return Run(
-        config=config,
-        strategy=strategy,
-        tokenizer=part.tokenizer,
-        data=part.data,
-        numbers=part.numbers,
-        model=model,
-        loss=module,
-        feed=Feed(
-            strategy.rank,
-            strategy.world_size,
-            config.optim.batch_size,
-            int(part.tokenizer.pad_token_id),
-            part.data.manifest["max_length"] if compute.compile else None,
-            {domain: i for i, domain in enumerate(part.data.manifest["shares"])},
-        ),
-        meter=_meter(part.ref, config, strategy),
-        monitor=ForgettingMonitor(config.evaluate.tolerance, config.evaluate.on_forgetting),
-        base=part.base,
-    )
-
-
-@dataclass
-class _Local:
-    """What a worker makes of files on its own node, before it talks to the others."""
-
-    ref: models.ModelRef
-    tokenizer: PreTrainedTokenizerBase
-    data: Dataset
-    numbers: precision.Precision
-    attention: attention.Kind
-    loss: loss.LossKind
-    base: str
-
-
-def _local_part(config: RunConfig, strategy: Strategy) -> _Local:
-    ref = models.resolve(config.model.name)
-    tokenizer = models.load_tokenizer(ref)
-    numbers = precision.choose(config.precision, strategy.device)
-    return _Local(
-        ref=ref,
-        tokenizer=tokenizer,
-        data=build_dataset(config.data, tokenizer, seed=config.seed, context=models.context_length(ref)),
-        numbers=numbers,
-        attention=attention.choose(config.compute.attention, strategy.device, numbers.compute),
-        loss=loss.choose(config.compute.loss, strategy.device),
-        base=models.fingerprint(ref),
-    )
-
-
-def agreed(strategy: Strategy, work: Callable[[], T]) -> T:
-    """``work()`` on every rank; a :class:`UserError` of one is raised on all. No collectives inside.
-
-    A file may be missing on one node only: the others would wait for that rank for ever.
-    """
-    value: Any = None
-    failure: UserError | None = None
-    try:
-        value = work()
-    except UserError as e:
-        failure = e
-    failures = [f for f in strategy.gather(failure) if f is not None]
-    if failures:
-        raise failures[0]
-    result: T = value
-    return result
-
-
-def _check_alike(config: RunConfig, strategy: Strategy, part: _Local) -> None:
-    """Raise :class:`UserError`, on all ranks, where a rank's files are not rank 0's.
-
-    They would train on a mixture of both without a word, or wait for one another for ever.
-    """
-    found = {**part.data.manifest["files"], config.model.name: part.base}
-    found["configuration"] = identity(config, part.base, part.data)
-    first, *others = strategy.gather(found)
-    for rank, theirs in enumerate(others, start=1):
-        if theirs != first:
-            raise UserError(
-                f"rank {rank} has another content of this than rank 0, and workers must train on the same",
-                where=next(name for name in first if theirs.get(name) != first[name]),
-                fix="put data and model on storage that all workers mount, or the same copies on every node",
-            )
-
-
 def train_step(run: Run, data: Step, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward, backward and update; returns this rank's summed loss, followed by that of each domain, and
     the gradient's norm, on the device and not waited for."""
@@ -480,122 +288,6 @@ def evaluate_suites(run: Run) -> list[dict[str, Any]]:
             )
             for suite in settings.suites
         ]
-
-
-def snapshot(run: Run) -> checkpoint.Write:
-    """Copy what a checkpoint needs out of the live run; the returned function writes it to a folder."""
-    write_state = run.strategy.snapshot()
-    if run.config.method.name == "full":
-        return lambda folder: write_state(folder / "state")
-    adapter = run.strategy.weights()
-
-    def write(folder: Path) -> None:
-        write_state(folder / "state")
-        if run.strategy.rank == 0:
-            export_adapter(run, adapter, folder / "adapter")
-
-    return write
-
-
-def export_adapter(run: Run, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write gathered ``weights`` as a PEFT folder."""
-    named = {name.removeprefix("model."): value for name, value in weights.items()}
-    lora.export_adapter(run.model, folder, weights=named)
-
-
-def manifest(  # noqa: PLR0917
-    config: RunConfig,
-    identity: str,
-    state: str,
-    data: Dataset,
-    data_state: dict[str, Any],
-    monitor: dict[str, Any],
-    stopped: str | None = None,
-) -> dict[str, Any]:
-    """What a checkpoint says of itself, beside step, number of ranks and checksums.
-
-    ``state``: the format of the files in its folder of that name (:attr:`Strategy.format`).
-    """
-    return {
-        "identity": identity,
-        "state": state,
-        "data_state": data_state,
-        "data": data.manifest,
-        "monitor": monitor,
-        "config": config.model_dump(mode="json"),
-        "rng": "torch.manual_seed(sha256(seed, step, rank)) before each step",
-        "versions": {"qwen-ray": __version__, "torch": torch.__version__},
-        "stopped": stopped,
-    }
-
-
-def restore(run: Run, folder: Path, found: dict[str, Any]) -> int:
-    """Load a checkpoint with its manifest; returns the number of steps already done."""
-    agreed(
-        run.strategy,
-        lambda: check_fits(folder, found, run.identity, run.strategy.format, run.strategy.name),
-    )
-    run.strategy.restore(folder / "state")
-    run.data.stream.load_state(found["data_state"])
-    run.monitor.load_state(found["monitor"])
-    return int(found["step"])
-
-
-def check_fits(folder: Path, found: dict[str, Any], identity: str, state: str, strategy: str) -> None:
-    """Raise :class:`UserError` where a checkpoint with the manifest ``found`` is of another run."""
-    if found["identity"] != identity:
-        raise UserError(
-            "the run in this folder was started with another configuration, other data or another base",
-            where=str(folder),
-            fix="repeat the command it was started with, or train into a new --out folder",
-        )
-    was = found["config"]["strategy"]
-    if found["state"] != state:
-        raise UserError(
-            f"this checkpoint's state is of format '{found['state']}', which the strategy "
-            f"'{strategy}' ({state}) cannot read",
-            where=str(folder),
-            fix=f"strategy.name={was['name']} and strategy.zero_stage={was['zero_stage']}, or a new --out",
-        )
-
-
-def roll_back(run: Run, store: CheckpointStore) -> int:
-    """Put the weights back to the best step that forgot nothing; returns that step."""
-    best = run.monitor.best_step
-    log.warning("going back to step %d, the best that forgot nothing", best)
-    run.strategy.restore(store.check(best) / "state")
-    return best
-
-
-def hand_over(run: Run, folder: Path) -> None:
-    """Write what was trained for others to use: a PEFT folder, or a Hugging Face model folder.
-
-    A model is written in the format its base came in.
-    """
-    weights = run.strategy.weights()
-    if run.strategy.rank > 0:
-        return
-    if run.config.method.name != "full":
-        export_adapter(run, weights, folder)
-        return
-    dtype = models.stored_dtype(models.resolve(run.config.model.name))
-    state = {name.removeprefix("model."): value.to(dtype) for name, value in weights.items()}
-    run.model.save_pretrained(str(folder), state_dict=state)
-    settings = read_json(folder / "config.json")  # which says the dtype of the model in memory
-    write_json(folder / "config.json", {**settings, "dtype": str(dtype).removeprefix("torch.")})
-    run.tokenizer.save_pretrained(str(folder))
-
-
-def _meter(ref: models.ModelRef, config: RunConfig, strategy: Strategy) -> Meter:
-    """MFU where the GPU's peak and the architecture's arithmetic are known."""
-    if strategy.device.type != "cuda":
-        return Meter()
-    peak = peak_flops(torch.cuda.get_device_name(strategy.device))
-    try:
-        flops = Flops.of(models.model_config(ref), config.method)
-    except UserError:  # an architecture that is not in the tables trains all the same
-        return Meter()
-    return Meter(flops, peak and peak * strategy.world_size)
 
 
 def _trace(config: RunConfig, rank: int) -> contextlib.closing[Lines]:

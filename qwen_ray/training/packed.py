@@ -26,7 +26,7 @@ from qwen_ray.data.dataset import Datasets
 from qwen_ray.data.packing import Row
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation.monitor import ForgettingMonitor
-from qwen_ray.training import loop, lora
+from qwen_ray.training import loop, lora, state
 from qwen_ray.training.checkpoint import CheckpointStore
 from qwen_ray.training.feed import Feed, Step
 from qwen_ray.training.packed_bank import Bank, Lane
@@ -34,6 +34,7 @@ from qwen_ray.training.packed_base import FrozenBase
 from qwen_ray.training.packed_checks import check, check_numbers
 from qwen_ray.training.packed_layers import Adapter
 from qwen_ray.training.packed_slot import Slot
+from qwen_ray.training.run import identity, plan
 from qwen_ray.training.schedule import learning_rate
 from qwen_ray.training.throughput import Meter
 
@@ -78,8 +79,8 @@ class Pack:
             key=key,
             config=config,
             data=data,
-            total=loop.plan(config, data),
-            identity=loop.identity(config, self.base.fingerprint, data),
+            total=plan(config, data),
+            identity=identity(config, self.base.fingerprint, data),
             feed=Feed(
                 0,
                 1,
@@ -92,7 +93,7 @@ class Pack:
         )
         found = store.newest() if store else None
         if found:
-            loop.check_fits(*found, slot.identity, _STATE, _STRATEGY)
+            state.check_fits(*found, slot.identity, _STATE, _STRATEGY)
         self.slots[key] = slot
         self._lay_out()
         try:
@@ -278,7 +279,7 @@ class Pack:
         slot = self.slots[key]
         settings = slot.config.evaluate
         monitor = ForgettingMonitor(settings.tolerance, settings.on_forgetting)
-        manifest = loop.manifest(
+        manifest = state.manifest(
             slot.config, slot.identity, _STATE, slot.data, slot.data_state, monitor.state()
         )
         if failure := store.save(slot.step, slot.snapshot(), manifest):

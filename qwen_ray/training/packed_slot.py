@@ -32,7 +32,7 @@ class Slot:
     total: int
     """Steps of the whole trial."""
     identity: str
-    """See :func:`qwen_ray.training.loop.identity`."""
+    """See :func:`qwen_ray.training.run.identity`."""
     feed: Feed
     settings: LoraConfig
     layers: frozenset[str]

@@ -11,7 +11,7 @@ import torch
 
 from qwen_ray.config import RunConfig
 from qwen_ray.training import loss
-from qwen_ray.training.loop import set_up
+from qwen_ray.training.run import set_up
 from qwen_ray.training.strategy.ddp import Ddp
 from tests.training.ranks import launch, run
 from tests.training.test_loop import config

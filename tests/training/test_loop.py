@@ -21,8 +21,9 @@ from qwen_ray.data.tokenise import tokenise
 from qwen_ray.errors import UserError
 from qwen_ray.training import attention, loop
 from qwen_ray.training import checkpoint as ckpt
-from qwen_ray.training.loop import set_up, train
+from qwen_ray.training.loop import train
 from qwen_ray.training.loss import TokenLoss
+from qwen_ray.training.run import set_up
 from qwen_ray.training.schedule import learning_rate
 from qwen_ray.training.strategy.base import trained
 from qwen_ray.training.strategy.ddp import Ddp
