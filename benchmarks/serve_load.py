@@ -34,9 +34,9 @@ from _common import commit, machine, versions
 
 from qwen_ray import cluster, models
 from qwen_ray.fsio import write_json
+from qwen_ray.peft_folder import WEIGHTS
 from qwen_ray.registry import Registry
 from qwen_ray.serving import launch
-from qwen_ray.serving.lora_weights import WEIGHTS
 
 OVERLOAD = 1.5
 CLIENTS = 32  # that measure the capacity

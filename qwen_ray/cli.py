@@ -47,8 +47,8 @@ from qwen_ray.options import example, group, positive, set_option, targets_optio
 
 # What a user can mend by another path, and disks that fail whatever is written.
 _PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST}
-_PATHS |= {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
-_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+_PATHS |= {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -103,11 +103,14 @@ def of_the_machine(error: Exception) -> UserError | None:
     if not paths and error.errno not in _DISKS:
         return None
     theirs = error.errno in _PATHS
+    if theirs:
+        fix = "check the path and its permissions"
+    elif error.errno in _DISKS:
+        fix = "see that the disk works and has room"
+    else:
+        fix = "check the path, and the limits of this machine (ulimit -a)"
     return UserError(
-        error.strerror or str(error),
-        where=" -> ".join(paths),
-        fix="check the path and its permissions" if theirs else "see that the disk works and has room",
-        status=400 if theirs else 503,
+        error.strerror or str(error), where=" -> ".join(paths), fix=fix, status=400 if theirs else 503
     )
 
 

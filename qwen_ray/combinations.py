@@ -9,10 +9,9 @@ from typing import Any
 
 from qwen_ray.config import RunConfig, StrategyConfig
 from qwen_ray.errors import UserError, did_you_mean
+from qwen_ray.peft_folder import CHANGES_BASE
 
-CHANGES_BASE = ("pissa", "olora")
-"""Initialisations that move a part of the base's weights into the adapter."""
-_HEAD = "lm_head"  # as the models of the catalogue name it
+HEAD = "lm_head"  # as the models of the catalogue name it
 
 
 def check(config: RunConfig) -> None:
@@ -197,9 +196,9 @@ def _adapter(config: RunConfig) -> Iterator[UserError]:
             fix="ddp, or deepspeed with zero_stage 1 or 2: a 4-bit base is small (14B: 10 GB)",
         )
     named = method.targets if isinstance(method.targets, list) else []
-    of_head = any(matches(target, [_HEAD]) for target in named)
+    of_head = any(matches(target, [HEAD]) for target in named)
     if strategy.name == "deepspeed" and strategy.zero_stage == 3 and of_head:
-        yield head_in_shards(_HEAD)
+        yield head_in_shards(HEAD)
     if method.init in CHANGES_BASE and shards:
         yield UserError(
             f"{method.init} factorises each whole weight; where weights are shards, every rank would "

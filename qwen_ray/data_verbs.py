@@ -24,7 +24,7 @@ def add(verbs: Any) -> None:
         p,
         "qwen-ray data prepare --domain biology --source openstax_biology=FOLDER --benchmarks FOLDER "
         "--size 5000 --out data/biology.jsonl",
-        "qwen-ray data prepare --config data/biology.yaml --workers 16",
+        "qwen-ray data prepare --config configs/data/biology.yaml --workers 16",
     )
     p.add_argument("--config", metavar="FILE", help="settings (YAML); the options below override it")
     p.add_argument("--domain", help="domain of the records, the name mixture weights use")
@@ -186,8 +186,8 @@ def export(args: argparse.Namespace, output: Output) -> int:
 
     out = output_path(args.out, inputs=[args.file])
     written = run_export(load_examples(Path(args.file)), out, args.format)
-    value = {"out": args.out, "format": args.format, "written": written}
-    output.result(value, f"{written} records in {args.out}")
+    value = {"out": str(out), "format": args.format, "written": written}
+    output.result(value, f"{written} records in {out}")
     return EXIT_OK
 
 

@@ -69,7 +69,8 @@ def evaluate(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.evaluation.run import evaluate_endpoint, evaluate_local
 
     result: dict[str, Any]
-    out = output_path(args.out)
+    read = [args.adapter, args.data_dir, args.suite if Path(args.suite).is_dir() else None]
+    out = output_path(args.out, inputs=[path for path in read if path])
     if args.endpoint:
         result = evaluate_endpoint(
             args.endpoint,

@@ -28,14 +28,15 @@ def sha256_json(value: Any) -> str:
 
 
 def output_path(path: str | Path, *, folder: bool = False, inputs: Iterable[str | Path] = ()) -> Path:
-    """Where a file (``folder``: a folder) will be written, looked at before the work for it is done.
+    """Where a file (``folder``: a folder) will be written, ``~`` expanded, looked at before the work for it.
 
     Raises :class:`UserError` for an empty name, a folder where a file is written and the other way round, a
     place that cannot be written, and a file that is one of ``inputs``, or in a folder that is one.
     """
-    out, where, kind = Path(path), str(path), "folder" if folder else "file"
+    where, kind = str(path), "folder" if folder else "file"
     if not where:
         raise UserError("no name given", where="--out", fix=f"name a {kind}")
+    out = Path(path).expanduser()
     if folder and os.path.exists(out) and not out.is_dir():
         raise UserError("this is a file, and a folder is written", where=where, fix="name a folder")
     if not folder and os.path.exists(out) and not out.is_file():
@@ -56,6 +57,11 @@ def output_path(path: str | Path, *, folder: bool = False, inputs: Iterable[str 
         if source in real.parents and source.is_dir():
             raise UserError(f"this is in {given}, which is read", where=where, fix="name a file elsewhere")
     return out
+
+
+def whole_path(path: str | Path) -> str:
+    """A path that means the same in whatever folder it is used next."""
+    return str(Path(path).expanduser().resolve())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -126,8 +126,9 @@ def listing(args: argparse.Namespace, output: Output) -> int:
 
 def publish(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.fsio import read_json
+    from qwen_ray.peft_folder import WEIGHTS
     from qwen_ray.registry import LINEAGE
-    from qwen_ray.serving.lora_weights import WEIGHTS, check_finite
+    from qwen_ray.serving.lora_weights import check_finite
 
     folder = Path(args.folder)
     if not folder.is_dir():
@@ -200,14 +201,14 @@ def card(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.fsio import output_path, write_text
     from qwen_ray.report.card import model_card
 
-    if args.out is not None:
-        output_path(args.out)
+    out = None if args.out is None else output_path(args.out)
     registry = _registry(args)
     version = _version(registry, args.ref)
     text = model_card(registry, version, license=args.license)
-    if args.out is not None:
-        write_text(Path(args.out), text)
-    output.result({"ref": version.ref, "card": text, "out": args.out}, args.out or text.rstrip())
+    if out is not None:
+        write_text(out, text)
+    shown = None if out is None else str(out)
+    output.result({"ref": version.ref, "card": text, "out": shown}, shown or text.rstrip())
     return EXIT_OK
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _site(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.registry import Registry
     from qwen_ray.report.site import write_site
 
-    if args.price is not None and not args.price >= 0:
+    if args.price is not None and not 0 <= args.price < math.inf:
         raise UserError(f"{args.price:g} is no price", where="--price", fix="dollars of a GPU-hour")
     registry, out = Registry(args.registry), output_path(args.out, folder=True)
     if not registry.reachable():

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qwen_ray.errors import EXIT_GATE_SAID_NO, EXIT_INTERRUPTED, EXIT_OK
+from qwen_ray.errors import EXIT_GATE_SAID_NO, EXIT_OK
 from qwen_ray.options import example, set_option, verb
-from qwen_ray.verbs import Output
+from qwen_ray.verbs import Output, going_on
 
 
 def add(verbs: Any) -> None:
@@ -49,13 +49,10 @@ def sweep(args: argparse.Namespace, output: Output) -> int:
         expected = forecast(prepared(spec))
         output.result(expected.to_dict(), str(expected))
         return EXIT_OK
-    try:
+    with going_on(lambda: "the same command with --resume goes on"):
         done = run_sweep(
             spec, resume=args.resume, note=output.note, registry=args.registry, address=args.address
         )
-    except KeyboardInterrupt:
-        output.note("interrupted; the same command with --resume goes on")
-        return EXIT_INTERRUPTED
     model = str(spec.run.get("model", {}).get("name", "tiny"))
     output.result(
         done.result,

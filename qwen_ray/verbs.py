@@ -70,7 +70,7 @@ def train(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.training.driver import ProgressBar, run_training
     from qwen_ray.training.worker import CHECKPOINTS
 
-    out = output_path(config.out, folder=True).expanduser()
+    out = output_path(config.out, folder=True)
 
     def again() -> str:
         kept = complete(out / CHECKPOINTS)
@@ -148,15 +148,15 @@ def compare(args: argparse.Namespace, output: Output) -> int:
     from qwen_ray.evaluation.report_text import comparison_table
     from qwen_ray.fsio import output_path, write_json
 
-    if args.out is not None:
-        output_path(args.out, inputs=[args.baseline, args.candidate])
+    inputs = [args.baseline, args.candidate]
+    out = None if args.out is None else output_path(args.out, inputs=inputs)
     gate = given_gate(args.gate, min_gain=args.min_gain, tolerance=args.tolerance)
     targets = args.targets.split(",") if args.targets else None
     comparison = compare(
         read_result(Path(args.baseline)), read_result(Path(args.candidate)), gate, targets=targets
     )
-    if args.out is not None:
-        write_json(Path(args.out), comparison)
+    if out is not None:
+        write_json(out, comparison)
     output.result(comparison, comparison_table(comparison))
     return EXIT_OK if comparison["verdict"] == "promote" else EXIT_GATE_SAID_NO
 

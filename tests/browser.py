@@ -39,11 +39,9 @@ def chromium() -> Iterator[Any]:
 
 
 def _missing(what: str) -> None:
-    """Skip on a developer's machine, where a browser may not be ours to install; in CI a missing browser must
-    not pass for a tested page."""
-    if os.environ.get("CI"):
+    if os.environ.get("CI"):  # there a missing browser must not pass for a tested page
         pytest.fail(f"{what}, and CI is set")
-    pytest.skip(what)
+    pytest.skip(what)  # on a developer's machine a browser may not be ours to install
 
 
 def open_alone(browser: Any, file: Path, *, width: int, scheme: str, picture: Path) -> Any:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen_ray.data.records import Message, Record, write_records
+from tests.browser import chromium
 
 # Tests run beside one another's Ray processes on two cores: more threads than that only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,6 +40,11 @@ def sums(n: int, *, seed: int = 0, domain: str = "sums") -> list[Record]:
     ]
 
 
+def disk_full(*_: object) -> None:
+    """What a write does where the disk is full."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.fixture
 def data_file(tmp_path: Path) -> Path:
     """Two domains: 120 sums and 60 more."""
@@ -46,12 +55,17 @@ def data_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The public data sets, for tests marked ``shared``.
-
-    They are not part of the project, and too large and too variously licensed to be: a user who has only the
-    repository skips these tests. What they cover is also covered by small files written in the tests.
-    """
+    """The public data sets, for tests marked ``shared``."""
     path = ROOT.parent / "shared" / "data"
+    # They are too large and too variously licensed to be part of the project: a user who has only the
+    # repository skips these tests. What they cover is also covered by small files written in the tests.
     if not path.is_dir():
-        pytest.skip(f"the public data sets are not at {path}")
+        pytest.skip("the public data sets are not here")
     return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Playwright's; the test is skipped where there is none."""
+    with chromium() as running:
+        yield running

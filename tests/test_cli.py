@@ -25,7 +25,7 @@ from qwen_ray.config import reference
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import sha256_file, write_json
 from qwen_ray.verbs import Output
-from tests.conftest import ROOT
+from tests.conftest import ROOT, disk_full
 from tests.evaluation.test_compare import result, right
 
 
@@ -173,13 +173,21 @@ def test_compare_does_not_write_over_what_it_reads(results: Path) -> None:
     assert sha256_file(results / "after.json") == before
 
 
+def test_eval_does_not_write_over_the_adapter_it_reads(tmp_path: Path) -> None:
+    words = ["eval", "--model", "tiny", "--suite", "tiny", "--adapter", str(tmp_path)]
+    args = build_parser().parse_args([*words, "--out", str(tmp_path / "adapter_config.json")])
+    with pytest.raises(UserError, match="which is read"):
+        args.verb(args, Output(io.StringIO(), as_json=False))
+
+
 def damaged(folder: Path) -> None:
     (folder / "a.safetensors").write_bytes(b"no tensors")
     load_file(folder / "a.safetensors")
 
 
-def full(_folder: Path) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def too_many_files(path: Path) -> None:
+    """No fault of the path or its disk."""
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +199,8 @@ def full(_folder: Path) -> None:
         (lambda folder: (folder / ("a" * 300)).touch(), 400, "File name too long"),
         (lambda folder: shutil.copyfile(folder / "a", folder / "b"), 400, "/a: No such file"),
         (lambda folder: folder.rename(folder / "a"), 503, "/a: Invalid argument"),
-        (full, 503, "No space left on device"),
+        (too_many_files, 503, "limits of this machine"),
+        (disk_full, 503, "No space left on device"),
         (damaged, 503, "header"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import pytest
 
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import new_folder, output_path, read_json, write_text
+from tests.conftest import disk_full
 
 
 def test_a_new_folder_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
@@ -94,6 +94,14 @@ def nobody() -> Iterator[None]:
         os.setresuid(*user)
 
 
+def test_an_output_may_be_at_home(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at is the place that is written, not a folder called ~."""
+    monkeypatch.setenv("HOME", str(places / "notes"))
+    assert output_path("~/b.csv") == places / "notes" / "b.csv"
+    with pytest.raises(UserError, match="is no folder"):
+        output_path("~/a.md/b.csv")
+
+
 def test_what_may_not_be_read_or_written_is_named(places: Path) -> None:
     (places / "own.csv").chmod(0)
     places.chmod(0o555)
@@ -109,10 +117,7 @@ def test_what_may_not_be_read_or_written_is_named(places: Path) -> None:
 
 
 def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(fd: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OSError, match="No space left") as e:
         write_text(tmp_path / "a.json", "{}")
     assert e.value.filename == str(tmp_path / "a.json")

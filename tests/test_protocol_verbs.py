@@ -19,6 +19,7 @@ from qwen_ray.serving.app import create_app
 from qwen_ray.serving.service import Service
 from qwen_ray.verbs import Output
 from tests.browser import chromium, open_alone
+from tests.conftest import disk_full
 from tests.evaluation.test_protocol import eval_result
 from tests.serving.live import served
 
@@ -208,9 +209,6 @@ def test_after_does_not_overwrite_before(saved: Path) -> None:
 def test_a_rerun_that_breaks_off_leaves_no_document_of_the_run_before_it(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError("no space left")
-
     before, after, result = saved / "before", saved / "after", str(saved / "base.json")
     first = ["protocol", "before", "--out", str(before), "--result", result]
     then = ["protocol", "after", "--before", str(before), "--out", str(after), "--result", result]
@@ -220,10 +218,10 @@ def test_a_rerun_that_breaks_off_leaves_no_document_of_the_run_before_it(
     with pytest.raises(UserError):
         cli(*then[:-2], *live)
     assert (after / "after.json").exists()  # nothing of it was replaced
-    monkeypatch.setattr("qwen_ray.report.protocol.write_before", full)
-    monkeypatch.setattr("qwen_ray.report.protocol.write_after", full)
+    monkeypatch.setattr("qwen_ray.report.protocol.write_before", disk_full)
+    monkeypatch.setattr("qwen_ray.report.protocol.write_after", disk_full)
     for again in (then, first):
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(OSError, match="No space"):
             cli(*again)
     assert not (after / "after.json").exists()
     assert not (before / "before.json").exists()

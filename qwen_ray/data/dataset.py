@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_ray.config import DataConfig
-from qwen_ray.data.formats import detect, load_examples
-from qwen_ray.data.formats.reading import record_of
+from qwen_ray.data.formats import load_examples
 from qwen_ray.data.mixture import Mixture
 from qwen_ray.data.packing import Row, RowStream, lengths_of, pack
 from qwen_ray.data.records import Record
@@ -258,38 +256,8 @@ def _read(paths: list[str]) -> list[Record]:
         if (file := Path(path).resolve()) in named:
             raise UserError("this file is named twice", where=path, fix="name each file once")
         named.add(file)
-        found = load_examples(Path(path))
-        if any(record.id in seen for record in found):
-            found = _told_apart(found, path, seen)
-        seen |= dict.fromkeys((record.id for record in found), path)
-        records += found
+        records += load_examples(Path(path), seen=seen)
     return records
-
-
-def _told_apart(records: list[Record], path: str, seen: Mapping[str, str]) -> list[Record]:
-    """The records of a file with ids that none of the files before has (``seen``: id to file).
-
-    Ids made from the content change as those of repeats within a file do. Others are refused, as are all of
-    Records: those of files that were prepared have such ids, and streaming refuses them too.
-    """
-    given = detect(Path(path)) == "record"
-    taken = {*seen, *(record.id for record in records)}
-    told: list[Record] = []
-    for record in records:
-        if record.id in seen:
-            made = record_of({key: value for key, value in record.to_dict().items() if key != "id"}, path).id
-            if given or not record.id.startswith(made):
-                raise UserError(
-                    f"record id '{record.id}' is also in {seen[record.id]}",
-                    where=path,
-                    fix="name each file once, and make ids unique",
-                )
-            name = next(i for n in itertools.count(2) if (i := f"{made}-{n}") not in taken)
-            taken.add(name)
-            told.append(replace(record, id=name))
-        else:
-            told.append(record)
-    return told
 
 
 def _by_domain(examples: list[Example]) -> dict[str, list[Example]]:

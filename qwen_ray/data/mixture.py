@@ -104,7 +104,7 @@ class Mixture:
         self.needs_length = len(self.stages) > 1 or curriculum != "shuffled"
         """Whether the order depends on the length of the run."""
         free = [d for d in self.shares if d not in self.limits] or self.shares
-        self._first_round = max(free, key=lambda d: self.shares[d] / self.costs[d])
+        self._repeats_first = max(free, key=lambda d: self.shares[d] / self.costs[d])
         """The domain that repeats its examples first, of those without a limit if there are any."""
         self._served = dict.fromkeys(self.shares, 0)
         self._drawn = dict.fromkeys(self.shares, 0)
@@ -185,8 +185,8 @@ class Mixture:
     @property
     def part(self) -> tuple[int, int]:
         """Which phase the next draw is in, and which pass of the domain that repeats first."""
-        size = len(self._sizes[self._first_round])
-        return bisect_right(self._starts, self._total), self._drawn[self._first_round] // size
+        size = len(self._sizes[self._repeats_first])
+        return bisect_right(self._starts, self._total), self._drawn[self._repeats_first] // size
 
     @property
     def used_up(self) -> bool:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 
-PLANNED = 3
+PLANNING_ROUNDS = 3
 """How often a run of so many rows is laid out to see what they hold: it moves the stages, and so the rows."""
-FEW = 8
+LEAST_SHARE = 1 / 8
 """A window of less than this part of its rows does not end with a pass or phase: half a row stays empty."""
 
 
@@ -109,7 +109,7 @@ class RowStream:
         else:
             if mixture.needs_length:
                 mixture.plan(rows / self._rows_a_cost)
-                for _ in range(PLANNED):  # rows are not quite full; how full shows when they are made
+                for _ in range(PLANNING_ROUNDS):  # rows are not quite full; how full shows when they are made
                     self._skip(rows)
                     mixture.plan(self._served)
             if mixture.limits:
@@ -208,7 +208,7 @@ class RowStream:
             raise UsedUp
         self._start, first, part = mixture.state(), mixture.drawn, mixture.part
         room = window * self._max_length
-        few = room - room // FEW  # room that is left while a window is too small to end early
+        few = room - int(room * LEAST_SHARE)  # room that is left while a window is too small to end early
         drawn: list[tuple[str, int]] = []
         lengths: list[int] = []
         while not mixture.used_up and (self._end is None or first >= self._end or mixture.drawn < self._end):

@@ -68,7 +68,7 @@ def run_before(
     else:
         wanted = [(name, {"limit": limit, "num_fewshot": num_fewshot}) for name in asked]
         found = _named(_benchmark(subject, wanted, out / BEFORE, data_dir, note))
-    known = {one.name: _lasting(name) for name, one in asked.items()}
+    known = {one.name: suites.lasting(name) for name, one in asked.items()}
     parts = [
         _part(
             known.get(name, name), result, name in hidden, wrong_items(result), data_dir=data_dir, note=note
@@ -228,11 +228,6 @@ def _named(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "the results are of different models", where="--result", fix="give those of one model"
         )
     return named
-
-
-def _lasting(suite: str) -> str:
-    """The name of a suite, or its folder wherever the next command is run."""
-    return suite if suite in suites.names() else str(Path(suite).resolve())
 
 
 def _part(

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ray import models
-from qwen_ray.errors import UserError
 from qwen_ray.evaluation import suites
 from qwen_ray.evaluation.harness import evaluate
 from qwen_ray.fsio import write_json
+from qwen_ray.peft_folder import CONFIG, check_adapter
 
 if TYPE_CHECKING:
     from qwen_ray.serving.engines.torch import TorchEngine
@@ -59,12 +59,8 @@ def evaluate_local(
     """
     chosen = suites.load(suite)
     ref = models.resolve(model)
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise UserError(
-            "not a PEFT adapter folder: adapter_config.json is missing",
-            where=str(adapter),
-            fix="name the adapter/ folder of a training run",
-        )
+    if adapter is not None:
+        check_adapter(adapter, CONFIG, fix="name the adapter/ folder of a training run")
     from qwen_ray.evaluation.lm import QwenRayLM
     from qwen_ray.serving.backends import EngineBackend
     from qwen_ray.serving.engines.torch import TorchEngine

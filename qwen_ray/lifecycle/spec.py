@@ -21,6 +21,7 @@ from qwen_ray.data.sources import get_source
 from qwen_ray.errors import UserError, did_you_mean
 from qwen_ray.evaluation import suites
 from qwen_ray.evaluation.gate import Gate
+from qwen_ray.fsio import whole_path
 from qwen_ray.registry import NAME
 from qwen_ray.storage import is_uri
 from qwen_ray.sweeps.spec import SweepConfig, load_sweep
@@ -197,7 +198,7 @@ class PipelineSpec(Section):
         if "/" in name and Path(name).is_dir():
             put(spec.train or {}, "model.name", _whole(name), where="train")
         bench = spec.benchmark
-        bench.suites = [_whole(suite) if "/" in suite else suite for suite in bench.suites]
+        bench.suites = [suites.lasting(suite) for suite in bench.suites]
         bench.data_dir = bench.data_dir and _whole(bench.data_dir)
         for settings in spec.data.values():
             if isinstance(settings.get("benchmarks"), str):
@@ -279,4 +280,4 @@ def _decided(key: str) -> UserError:
 
 
 def _whole(location: str) -> str:
-    return location if is_uri(location) else str(Path(location).expanduser().resolve())
+    return location if is_uri(location) else whole_path(location)

@@ -151,7 +151,7 @@ def hardware(
         raise UserError("there must be at least one GPU and one node", where="--gpus, --nodes")
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"a price is a number from 0 on, not {price:g}", where="--price")
-    if network is not None and not network > 0:
+    if network is not None and not 0 < network < math.inf:
         raise UserError(f"a network that carries {network:g} Gb/s trains nothing", where="--network")
     chosen = GPUS[gpu]
     if price is not None:

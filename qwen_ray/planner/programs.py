@@ -61,7 +61,7 @@ def ours(config: RunConfig, shape: Shape, workers: int) -> Program:
         frozen = shape.matrices * four_bit(method.double_quantization)
         frozen += (shape.parameters - shape.matrices) * narrow
     kept_weights = side = 0.0
-    if method.name != "full" and method.dora:
+    if not full and method.dora:
         # Only ddp leaves the adapter in the optimizer's format while it computes.
         kept_weights, side = dora_bytes(config, shape, master if strategy.name == "ddp" else narrow, narrow)
     common: dict[str, Any] = {

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_ray.combinations import layers_named, tied_head
+from qwen_ray.combinations import HEAD, layers_named, tied_head
 from qwen_ray.config import MethodConfig
 from qwen_ray.errors import UserError
-
-_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -126,12 +124,12 @@ class Shape:
             return dict(Counter(list(sizes.values()) * self.layers))
         blocks = "transformer.h" if self.fused_qkv else "model.layers"
         names = {f"{blocks}.{i}.{name}": sizes[name] for i in range(self.layers) for name in sizes}
-        names[_HEAD] = (self.hidden, self.vocabulary)
+        names[HEAD] = (self.hidden, self.vocabulary)
         qv = ["c_attn"] if self.fused_qkv else ["q_proj", "v_proj"]
         wanted = qv if method.targets == "qv" else method.targets
         found = {name for target in wanted for name in layers_named(target, list(names))}
-        if _HEAD in found and self.tied:
-            raise tied_head(_HEAD)
+        if HEAD in found and self.tied:
+            raise tied_head(HEAD)
         return dict(Counter(names[name] for name in found))
 
     def adapter(self, method: MethodConfig) -> int:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import files_under, read_json, sha256_file, write_json
-from qwen_ray.registry.version import CONFIG, WEIGHTS, AdapterVersion
+from qwen_ray.peft_folder import CONFIG, WEIGHTS
+from qwen_ray.registry.version import AdapterVersion
 
 if TYPE_CHECKING:
     from qwen_ray.models import ModelRef

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import files_under, sha256_file, sha256_json
+from qwen_ray.peft_folder import CONFIG, WEIGHTS, check_adapter
 
 # The same rule guards the API: no slash, no dot first, so no name leads out of the registry.
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 MANIFEST, LINEAGE = "manifest.json", "lineage.json"
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Files = dict[str, dict[str, Any]]
 """Relative posix path -> {"sha256", "size" in bytes}."""
 
@@ -111,9 +111,7 @@ Same = Callable[[int, Document], bool]
 
 def files_of(adapter: Path) -> list[Path]:
     """The files of a PEFT folder that become a version's, relative to it."""
-    for required in (CONFIG, WEIGHTS):
-        if not (adapter / required).is_file():
-            raise UserError(f"not a PEFT adapter folder: {required} is missing", where=str(adapter))
+    check_adapter(adapter, CONFIG, WEIGHTS, fix="name the adapter/ folder of a training run")
     return [rel for rel in files_under(adapter) if rel.name not in (MANIFEST, LINEAGE)]
 
 

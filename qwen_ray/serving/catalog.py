@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen_ray.errors import UserError, did_you_mean
+from qwen_ray.peft_folder import CONFIG, check_adapter
 from qwen_ray.registry import NAME, PRODUCTION, AdapterVersion, Canary, Registry
-from qwen_ray.registry.version import CONFIG
 from qwen_ray.serving.model_id import AUTO
 
 T = TypeVar("T")
@@ -282,8 +282,5 @@ def checked_folder(name: str, folder: Path) -> Path:
         )
     if not folder.is_dir():
         raise UserError("no such adapter folder", where=str(folder), fix="check the path")
-    if not (folder / CONFIG).is_file():
-        raise UserError(
-            f"not a PEFT adapter folder: {CONFIG} is missing", where=str(folder), fix="check the path"
-        )
+    check_adapter(folder, CONFIG, fix="check the path")
     return folder.resolve()

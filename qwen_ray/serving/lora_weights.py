@@ -15,8 +15,8 @@ import torch
 
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import read_json
+from qwen_ray.peft_folder import CHANGES_BASE, CONFIG, WEIGHTS
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 _MERGE = "merge it into the base model (PeftModel.merge_and_unload) and serve that model"
 # Settings under which the adapter is more than base(x) + scale * B(A(x)).
@@ -35,8 +35,6 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA",
 }
-# Initialisations that also change the base weights, so that A and B alone are not the adapter.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
             "the adapter also trains biases, which are not served", where=where, fix=_MERGE, status=409
         )
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise UserError(
             f"the adapter was started with '{start}', which changes the base weights too",
             where=where,

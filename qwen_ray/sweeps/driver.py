@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_ray import cluster
 from qwen_ray.config import RunConfig
 from qwen_ray.fsio import read_json, write_json
-from qwen_ray.sweeps.folder import STATE, check_state, open_sweep, prepared, with_data
+from qwen_ray.sweeps.folder import SOURCES, STATE, check_state, open_sweep, prepared, with_data
 from qwen_ray.sweeps.ledger import BASE_LOSSES, Ledger
 from qwen_ray.sweeps.once import on_cluster
 from qwen_ray.sweeps.spec import SweepConfig, trial_config
@@ -92,7 +92,7 @@ def _run(
     out = Path(spec.out)
 
     def enter(state: str) -> None:
-        kept = {key: sweep[key] for key in ("id", "version", "sources")}
+        kept = {key: sweep[key] for key in ("id", "version", SOURCES)}
         write_json(out / STATE, {**kept, "state": state})
 
     note("starting Ray on this machine" if cluster.prepare(address) == "local" else "joining the cluster")

@@ -51,8 +51,8 @@ LEASE_SECONDS = 60.0
 
 @dataclass(eq=False)
 class Member:
-    """A trial that has joined. ``asked``: how many reports it has asked for so far, ``seen``: when it was
-    last heard of."""
+    """A trial that takes part: it has joined, or was taken in as proposed. ``asked``: how many reports it may
+    be trained to, ``seen``: when it was last heard of."""
 
     index: int
     reports: list[Report]
@@ -253,9 +253,10 @@ class EngineCore:
         """The trials that train next, when all that are waited for are there; None at the end."""
         while True:
             with self._changed:
-                while (chosen := self._choose()) is None and not self._closed:
+                chosen = None
+                while not self._closed and (chosen := self._choose()) is None:
                     self._changed.wait(timeout=0.2)
-            if self._closed or chosen is None:
+            if chosen is None:
                 return None
             for key in [k for k, (member, *_) in self._packed.items() if member not in chosen]:
                 self._remove(key)
@@ -278,18 +279,10 @@ class EngineCore:
         return sorted(ready[:slots], key=lambda m: m.index)
 
     def _expected(self) -> tuple[list[Member], bool]:
-        """The trials to reckon with, those that have been proposed for free slots among them, and whether
-        more will be proposed for certain. While some are behind where they were, only those of that pack."""
-        now = time.monotonic()
-        live = [m for m in self._members.values() if not self._journal.ended(m.index) and not m.error]
-        for member in live:
-            member.parked = member.parked or (not member.ready and now - member.seen > self._lease)
-        live = [m for m in live if not m.parked]
-        i, proposed = self.number, list[int]()
-        while i in self._members or self._journal.ended(i) or self._ledger.has(i):
-            if not (i in self._members or self._journal.ended(i) or i in self._away or self._failed(i)):
-                proposed.append(i)
-            i += self.spec.trials.engines
+        """The trials to reckon with, those that are taken in for free slots now among them, and whether more
+        will be proposed for certain. While some are behind where they were, only those of that pack."""
+        live = self._live()
+        proposed, more = self._proposed()
         if self._behind:
             live = [m for m in live if m.index in self._behind]
             proposed = [i for i in proposed if i in self._behind]
@@ -300,9 +293,26 @@ class EngineCore:
                 member = self._member(index)
                 member.asked = len(member.reports) + 1
                 live.append(member)
-        return live, i < self.spec.search.trials and not self._behind
+        return live, more and not self._behind
 
-    def _failed(self, index: int) -> bool:
+    def _live(self) -> list[Member]:
+        """Who takes part and has been heard of; those who have long been silent are parked."""
+        now = time.monotonic()
+        live = [m for m in self._members.values() if not self._journal.ended(m.index) and not m.error]
+        for member in live:
+            member.parked = member.parked or (not member.ready and now - member.seen > self._lease)
+        return [m for m in live if not m.parked]
+
+    def _proposed(self) -> tuple[list[int], bool]:
+        """The trials that have been proposed and never took part, and whether more will be."""
+        i, found = self.number, list[int]()
+        while i in self._members or self._journal.ended(i) or self._ledger.has(i):
+            if not (i in self._members or self._journal.ended(i) or i in self._away or self._has_failed(i)):
+                found.append(i)
+            i += self.spec.trials.engines
+        return found, i < self.spec.search.trials
+
+    def _has_failed(self, index: int) -> bool:
         """Whether a trial failed before it ended: it is taken in only if its process asks again."""
         with contextlib.suppress(UserError):  # a damaged record: its process will be told
             return self._ledger.trial(index).state == "failed"
@@ -359,9 +369,9 @@ class EngineCore:
             if at and all(self._slot(m).step >= m.target for m in at):
                 due.append((point, at))
         if failed or due:  # the step that failed counts: it is to fail again before others go on
-            self._journal.came({m.index: self._slot(m).step + (m in failed) for m in turn})
+            self._journal.record_steps({m.index: self._slot(m).step + (m in failed) for m in turn})
         if failed:
-            self._give_up(failed)
+            self._end_failed(failed)
         for point, at in due:
             self._decide(point, at)
 
@@ -388,8 +398,8 @@ class EngineCore:
             member.tokens += tokens[member.key]
             self._packed[member.key][3](member.row)
 
-    def _give_up(self, failed: Sequence[Member]) -> None:
-        """Trials whose loss is no number end here; nobody is compared with them."""
+    def _end_failed(self, failed: Sequence[Member]) -> None:
+        """Trials whose loss or gradient is no number end here; nobody is compared with them."""
         messages = {m.index: str(self._slot(m).failed) for m in failed}
         for index, message in messages.items():
             log.warning("trial %d failed: %s", index, message)

@@ -9,11 +9,12 @@ from typing import Any
 from qwen_ray import __version__, models
 from qwen_ray.config import get, put, read_settings, validate
 from qwen_ray.errors import UserError
-from qwen_ray.fsio import read_json, sha256_file, sha256_json, write_json, write_text
+from qwen_ray.evaluation import suites
+from qwen_ray.fsio import read_json, sha256_file, sha256_json, whole_path, write_json, write_text
 from qwen_ray.registry import NAME
 from qwen_ray.sweeps.checks import check_benchmarks, check_domains, confirming_suite
 from qwen_ray.sweeps.spec import SweepConfig, trial_config
-from qwen_ray.training.driver import absolute
+from qwen_ray.training.driver import PATHS, absolute
 
 SPEC, STATE, DATA = "sweep.yaml", "sweep.json", "data"
 _STOPPING = {"packed": ("halving", "none"), "plain": ("asha", "none")}
@@ -23,7 +24,7 @@ _FREE: Any = {"out": True, "trials": {"cpus", "gpus", "max_concurrent", "max_fai
 _FREE_OF_RUN = ("cluster", "tracking", "checkpoint", "compute", "out")
 _FREE_TILL_BENCHMARKED = {"suite", "data_dir", "limit"}
 """Of objective.confirm: free as long as no benchmark's result is recorded."""
-_SOURCES = "sources"
+SOURCES = "sources"
 """In sweep.json: hash by name of what the sweep reads."""
 
 
@@ -38,7 +39,7 @@ def prepared(spec: SweepConfig) -> SweepConfig:
     if "://" in spec.out:
         raise UserError("a sweep's folder is local or mounted", where="out", fix="give a path, not a URI")
     spec = spec.model_copy(deep=True)
-    spec.out = str(Path(spec.out).expanduser().resolve())
+    spec.out = whole_path(spec.out)
     kind, stopping = spec.trials.kind, spec.stopping.name
     if stopping not in _STOPPING[kind]:
         raise UserError(
@@ -53,20 +54,16 @@ def prepared(spec: SweepConfig) -> SweepConfig:
             where="run.cluster.labels",
             fix="trials.kind=plain with run.cluster.workers=1 or more, or leave the labels out",
         )
-    if not spec.embedded_data:
-        put(spec.run, "data.train", base.data.train, where="run")
-        put(spec.run, "data.validation", base.data.validation, where="run")
-    put(spec.run, "model.name", base.model.name, where="run")
     settings = base.model_dump(mode="json")
-    for key in ("evaluate.suites", "evaluate.suites_data_dir", "strategy.nvme_path"):
-        if value := get(settings, key, None):
+    for key in PATHS:
+        value = get(settings, key, None)
+        if value and not (spec.embedded_data and key.startswith("data.")):
             put(spec.run, key, value, where="run")
     confirm = spec.objective.confirm
     if confirm is not None:
         if confirm.data_dir is not None:
-            confirm.data_dir = str(Path(confirm.data_dir).expanduser().resolve())
-        if "/" in confirm.suite:
-            confirm.suite = str(Path(confirm.suite).expanduser().resolve())
+            confirm.data_dir = whole_path(confirm.data_dir)
+        confirm.suite = suites.lasting(confirm.suite)
         confirming_suite(confirm)
     return spec
 
@@ -149,7 +146,7 @@ def open_sweep(out: Path, spec: SweepConfig, sources: dict[str, str]) -> dict[st
                 where=str(out / SPEC),
                 fix="resume with the file it was started with, or choose another --out",
             )
-        known = sweep.setdefault(_SOURCES, sources)  # a sweep of an earlier version did not record them
+        known = sweep.setdefault(SOURCES, sources)  # a sweep of an earlier version did not record them
         if changed := [name for name, found in sources.items() if known.get(name, found) != found]:
             raise UserError(
                 "it has changed since the sweep began, so its trials could not be compared",
@@ -159,7 +156,7 @@ def open_sweep(out: Path, spec: SweepConfig, sources: dict[str, str]) -> dict[st
         write_text(out / SPEC, spec.to_yaml())  # what decides nothing may have changed
         return sweep
     # The state first: a folder with the file alone would pass for one that is no sweep's.
-    sweep = {"id": uuid.uuid4().hex[:12], "state": "new", "version": __version__, _SOURCES: sources}
+    sweep = {"id": uuid.uuid4().hex[:12], "state": "new", "version": __version__, SOURCES: sources}
     write_json(out / STATE, sweep)
     write_text(out / SPEC, spec.to_yaml())
     return sweep

@@ -85,7 +85,7 @@ class Journal:
         if self.starts:
             write_json(self._starts, {"starts": 0})
 
-    def came(self, steps: dict[int, int]) -> None:
+    def record_steps(self, steps: dict[int, int]) -> None:
         """Record how far each trial in the pack is, before anything is decided or saved there."""
         line = {"steps": {str(i): step for i, step in sorted(steps.items())}}
         append_line(self._lines, line)

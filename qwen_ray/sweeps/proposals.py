@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qwen_ray.data.lots import integer
-from qwen_ray.sweeps.ledger import TRIAL, Ledger, TrialRecord
+from qwen_ray.sweeps.ledger import Ledger, TrialRecord
 from qwen_ray.sweeps.space import WEIGHTS, Distribution, generator, grid, latin, sample
 from qwen_ray.sweeps.spec import SweepConfig, included, points
 
@@ -61,16 +61,13 @@ class Proposals:
         return trials.slots * trials.engines
 
     def propose(self, index: int) -> Proposal | None:
-        if not self._recorded(index):
+        if not self.ledger.has(index):
             if self.spec.search.name != "optuna":
                 self.ledger.open(index, *self.in_advance(index))
             elif not self._open_cohort(index):
                 return None
         trial = self.ledger.trial(index)
         return trial.values, trial.origin
-
-    def _recorded(self, index: int) -> bool:
-        return (self.ledger.folder(index) / TRIAL).is_file()
 
     def _open_cohort(self, index: int) -> bool:
         """Record proposals for ``index`` and the rest of its cohort, all made of the same reports; unless a

@@ -17,6 +17,7 @@ from torch import nn
 from qwen_ray import models
 from qwen_ray.config import RunConfig
 from qwen_ray.errors import UserError
+from qwen_ray.peft_folder import CHANGES_BASE
 from qwen_ray.training import lora
 from qwen_ray.training.attention import ATTENTION, register
 from qwen_ray.training.memory import decoder_layers
@@ -49,7 +50,7 @@ def load_base(
         model = load_quantized(ref, method, numbers.compute, device, attention=ATTENTION)
     else:
         model = models.load_model(ref, dtype=numbers.compute, attention=ATTENTION)
-    if adapter is None or method.init not in lora.CHANGES_BASE:
+    if adapter is None or method.init not in CHANGES_BASE:
         return lora.add_adapter(model, method, seed=config.seed, dtype=numbers.trained)
     model = lora.add_adapter(model, method, seed=config.seed, initialise=False, dtype=numbers.trained)
     lora.load_adapter(model, method, adapter)

@@ -35,7 +35,7 @@ from qwen_ray.config import RunConfig, read_config
 from qwen_ray.data.dataset import load_splits, make_mixture
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation import suites
-from qwen_ray.fsio import fsync_tree, read_json, sha256_json, write_json, write_text
+from qwen_ray.fsio import fsync_tree, read_json, sha256_json, whole_path, write_json, write_text
 from qwen_ray.planner.plan import choose_strategy
 from qwen_ray.planner.speed import HOST_CPUS
 from qwen_ray.registry import LINEAGE
@@ -118,25 +118,28 @@ def run_training(
 def absolute(config: RunConfig) -> RunConfig:
     """Workers run in folders of their own, so every path must be whole."""
     config = config.model_copy(deep=True)
-    config.out = _whole(config.out)
-    config.data.train = [_whole(path) for path in config.data.train]
-    config.data.validation = [_whole(path) for path in config.data.validation]
+    config.out = whole_path(config.out)
+    config.data.train = [whole_path(path) for path in config.data.train]
+    config.data.validation = [whole_path(path) for path in config.data.validation]
     evaluate, strategy = config.evaluate, config.strategy
-    evaluate.suites = [_whole(s) if _is_folder(s) else s for s in evaluate.suites]
-    evaluate.suites_data_dir = evaluate.suites_data_dir and _whole(evaluate.suites_data_dir)
-    strategy.nvme_path = strategy.nvme_path and _whole(strategy.nvme_path)
-    folder = str(Path(config.model.name).resolve())
+    evaluate.suites = [suites.lasting(suite) for suite in evaluate.suites]
+    evaluate.suites_data_dir = evaluate.suites_data_dir and whole_path(evaluate.suites_data_dir)
+    strategy.nvme_path = strategy.nvme_path and whole_path(strategy.nvme_path)
+    folder = whole_path(config.model.name)
     if models.resolve(config.model.name).location == folder:  # not an alias, whatever folders there are
         config.model.name = folder
     return config
 
 
-def _whole(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
-
-
-def _is_folder(suite: str) -> bool:
-    return "/" in suite or (suite not in suites.names() and Path(suite).is_dir())
+PATHS = (
+    "model.name",
+    "data.train",
+    "data.validation",
+    "evaluate.suites",
+    "evaluate.suites_data_dir",
+    "strategy.nvme_path",
+)
+"""What :func:`absolute` makes whole, beside ``out``."""
 
 
 def _decided(config: RunConfig) -> RunConfig:

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qwen_ray.combinations import CHANGES_BASE, head_in_shards, layers_named, tied_head
+from qwen_ray.combinations import head_in_shards, layers_named, tied_head
 from qwen_ray.config import MethodConfig
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import read_json, sha256_json, write_json
+from qwen_ray.peft_folder import CHANGES_BASE, CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 # PEFT imports bitsandbytes where it is installed, which then complains of a kernel that nothing here uses.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _ADAPTER = "default"
 _ROOT = "base_model.model."  # how PEFT names the base inside its wrapper

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from qwen_ray import __version__, models
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import new_folder, read_json, sha256_file, sha256_json, write_json
+from qwen_ray.peft_folder import CHANGES_BASE, CONFIG, WEIGHTS
 from qwen_ray.registry import LINEAGE
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -37,7 +37,6 @@ _UNKNOWN = (
     "alora_invocation_tokens",
     "fan_in_fan_out",
 )
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _COPIED = ("*.json", "*.txt", "*.jinja", "*.model")
 
 
@@ -107,7 +106,7 @@ def _read(folder: Path, weight: float, fingerprint: str) -> _Adapter:
     if not isinstance(config, dict) or str(config.get("peft_type", "LORA")).upper() != "LORA":
         raise UserError("not a LoRA adapter", where=where, fix="name an adapter/ folder of a run")
     start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(_CHANGES_BASE):
+    if start.startswith(CHANGES_BASE):
         raise UserError(
             f"the adapter was started with '{start}' and not converted: it fits a changed base only",
             where=where,

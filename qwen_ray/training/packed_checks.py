@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qwen_ray import combinations
-from qwen_ray.combinations import CHANGES_BASE
 from qwen_ray.config import RunConfig
 from qwen_ray.errors import UserError
+from qwen_ray.peft_folder import CHANGES_BASE
 
 if TYPE_CHECKING:
     from qwen_ray.training.precision import Precision

@@ -116,7 +116,7 @@ class RunMetrics:
 
 @contextlib.contextmanager
 def failures_counted(config: RunConfig, run_id: str) -> Iterator[None]:
-    """Counts an exception by its reason: ``not_finite`` (the loss), ``input`` or ``failed``.
+    """Counts an exception by its reason: ``not_finite`` (the loss or the gradient), ``input`` or ``failed``.
 
     For the driver, whose last report is sent when it leaves the cluster: workers are killed without one.
     """

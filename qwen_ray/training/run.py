@@ -174,7 +174,7 @@ def _check_alike(config: RunConfig, strategy: Strategy, part: _Local) -> None:
     They would train on a mixture of both without a word, or wait for one another for ever.
     """
     found = {**part.data.manifest["files"], config.model.name: part.base}
-    found["configuration"] = identity(config, part.base, part.data)
+    found["what is made of data and model"] = identity(config, part.base, part.data)
     first, *others = strategy.gather(found)
     for rank, theirs in enumerate(others, start=1):
         if theirs != first:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from lxml import html
 
 from qwen_ray.data.preparation.card import HITS_FOLDED, HITS_SHOWN, LONG, SHOWN, write_card
 from qwen_ray.fsio import beside
-from tests.browser import chromium
 from tests.conftest import record
 
 EVIL = "<script>alert('x')</script> & \"<b onclick='y'>\" </details></style>"
@@ -231,12 +229,6 @@ def test_long_texts_are_folded_and_whole(tmp_path: Path) -> None:
     assert len(beginning.text_content()) <= LONG
     assert f"{beginning.text_content()} {rest.text_content()}" == text
     assert rest.getparent().tag == "details"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])

@@ -380,8 +380,6 @@ def test_production_moved_by_somebody_else_begins_a_new_run(place: Place) -> Non
 
 def test_knowledge_is_brought_up_to_date_once_a_run(place: Place) -> None:
     """Twice in a run that goes on is once; the next run finds what is new."""
-    pytest.importorskip("lancedb")
-    pytest.importorskip("sentence_transformers")
     place.fill("knowing")
     notes = place.folder / "notes"
     notes.mkdir()

@@ -46,7 +46,7 @@ def test_the_production_profile_is_for_production_only(tmp_path):
     assert {"run-as-non-root", "token-auth", "disruption-budget", "job-deadline", "feature-gate"} <= rules
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the CRD files are in ../shared/schemas")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the releases' CRD files are not here")
 def test_the_packed_definitions_are_those_of_the_releases():
     """Skipped where the releases' own files are not: they are megabytes, and what is packed is made of them.
     Every other test here runs on the packed ones."""

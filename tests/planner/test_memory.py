@@ -216,7 +216,8 @@ def test_lora_holds_the_base_once_and_qlora_a_quarter() -> None:
 
 
 def test_a_four_bit_weight_is_as_large_as_bitsandbytes_makes_it() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    import bitsandbytes
+
     weight = torch.randn(1024, 1024)
     for double in (False, True):
         packed, state = bitsandbytes.functional.quantize_4bit(

@@ -19,8 +19,8 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 class Clock:
     """Each look at it is a second later; ``days`` moves it on."""
 
-    def __init__(self) -> None:
-        self.now = START
+    def __init__(self, now: datetime = START) -> None:
+        self.now = now
 
     def __call__(self) -> datetime:
         self.now += timedelta(seconds=1)

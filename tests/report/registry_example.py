@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from qwen_ray.fsio import write_json
 from qwen_ray.registry import CANDIDATE, PRODUCTION, Registry
 from qwen_ray.registry.records import promote_against, record_evaluation, record_verdict
+from tests.registry.conftest import Clock
 
 HOSTILE = '<script>alert("x")</script> & **bold** | `code` $x_1$ </svg> ' + "w" * 90
 CATEGORIES = {
@@ -18,20 +19,6 @@ CATEGORIES = {
     HOSTILE: ("strength", 200, 0.8),
 }
 GATE = {"min_gain": 0.05, "tolerance": 0.04, "confidence": 0.95}
-
-
-class Calendar:
-    """The registry's clock, moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = datetime(2026, 1, 5, 9, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        self.now += timedelta(seconds=1)
-        return self.now
-
-    def days(self, count: float) -> None:
-        self.now += timedelta(days=count)
 
 
 def adapter_folder(folder: Path, weights: str) -> Path:
@@ -118,8 +105,8 @@ BASE = {name: score for name, (_, _, score) in CATEGORIES.items()}
 
 def play_year(root: Path, versions: int = 32) -> Registry:
     """Two names: ``facts`` with a version every eleven days, ``both`` merged of two of them."""
-    calendar, draw = Calendar(), random.Random(0)
-    registry = Registry(root / "registry", clock=calendar)
+    clock, draw = Clock(datetime(2026, 1, 5, 9, tzinfo=UTC)), random.Random(0)
+    registry = Registry(root / "registry", clock=clock)
     served: dict[int, dict[str, float]] = {}
     now: int | None = None
     for i in range(1, versions + 1):
@@ -138,7 +125,7 @@ def play_year(root: Path, versions: int = 32) -> Registry:
             scores["history"] -= 0.15
         word = "regress" if poisoned else "hold" if small and now else "promote"
         registry.point("facts", CANDIDATE, i, reason=f"run {i}", by=f"pipeline run {i:04d}")
-        calendar.days(1)
+        clock.days(1)
         record_evaluation(registry, made, evaluation(made.ref, scores), location=f"s3://results/{i}.json")
         reasons = [
             f"history {100 * (scores['history'] - before['history']):+.1f}: measured",
@@ -159,15 +146,15 @@ def play_year(root: Path, versions: int = 32) -> Registry:
                 registry.point("facts", PRODUCTION, i, reason=reason, by=by, was=now)
             served[i], now = scores, i
         if i == 17 and now:
-            calendar.days(2)
+            clock.days(2)
             now = registry.rollback("facts", reason=f"users complained {HOSTILE}", by="bo").version
-        calendar.days(5)
+        clock.days(5)
         if now and i % 3 == 0:  # the weekly benchmark of what is served
             drift = {name: score - 0.01 for name, score in served[now].items()}
             record_evaluation(
                 registry, registry.get("facts", now), evaluation("x", drift), location="runs/w.json"
             )
-        calendar.days(5)
+        clock.days(5)
     for old in (1, 2, 3):
         registry.archive("facts", old, reason="older than the three that are kept")
     registry.start_canary("facts", versions, 0.1, reason="a tenth first")

@@ -1,21 +1,13 @@
 """The report in a real browser: nothing is asked of the network, everything shows, it fits a phone."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from report_example import BASE, GOOD, comparison, example, result
 
-from tests.browser import chromium, open_alone
+from tests.browser import open_alone
 
 LONG = "mmlu high_school_european_history_and_more"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import yaml
-from registry_example import HOSTILE, Calendar, adapter_folder, play_year
+from registry_example import HOSTILE, adapter_folder, play_year
 
 from qwen_ray.cli import build_parser
 from qwen_ray.errors import EXIT_OK, UserError
 from qwen_ray.registry import Registry
 from qwen_ray.report.card import escaped, model_card
 from qwen_ray.verbs import Output
+from tests.registry.conftest import Clock
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_what_comes_from_outside_is_no_markup(year):
 
 
 def test_what_is_not_recorded_is_said(tmp_path):
-    registry = Registry(tmp_path / "registry", clock=Calendar())
+    registry = Registry(tmp_path / "registry", clock=Clock())
     base = {"id": "tiny", "location": str(tmp_path), "fingerprint": "f" * 64}
     made = registry.publish("bare", adapter_folder(tmp_path / "a", "a"), {"base": base})
     card = model_card(registry, made)

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from registry_example import (
     BASE,
     GATE,
     HOSTILE,
-    Calendar,
     adapter_folder,
     evaluation,
     lineage,
@@ -33,7 +31,8 @@ from qwen_ray.report.registry_history import against_base, production_series, re
 from qwen_ray.report.site import Site, write_site
 from qwen_ray.report.site_pages import decided, decisions, spent, standing
 from qwen_ray.verbs import Output
-from tests.browser import chromium, open_alone
+from tests.browser import open_alone
+from tests.registry.conftest import Clock
 
 GOOD = {**BASE, "biology": 0.44}
 
@@ -52,7 +51,7 @@ def site(year: Registry, tmp_path_factory: pytest.TempPathFactory) -> Site:
 @pytest.fixture
 def small(tmp_path: Path) -> Registry:
     """One version that a gate would promote, against the base."""
-    registry = Registry(tmp_path / "small", clock=Calendar())
+    registry = Registry(tmp_path / "small", clock=Clock())
     made = registry.publish("facts", adapter_folder(tmp_path / "a", "a"), lineage(1))
     record_evaluation(registry, made, evaluation(made.ref, GOOD), location="runs/1.json")
     record_verdict(
@@ -318,7 +317,7 @@ def test_what_was_removed_keeps_its_page(small, tmp_path):
     said = text(pages / "1.html")
     assert "files removed" in said
     assert "biology +20.0: gained" in said
-    assert "v1 2026-01-05 promote files removed" in text(pages / "index.html")
+    assert "v1 2026-01-01 promote files removed" in text(pages / "index.html")
 
 
 # -- the verb
@@ -362,12 +361,6 @@ def test_verb_says_what_is_wrong(tmp_path, monkeypatch, words, message):
 
 
 # -- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.mark.parametrize("page", ["index", "adapters/facts/index", "adapters/facts/10"])

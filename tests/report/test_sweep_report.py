@@ -1,7 +1,6 @@
 """The page of a sweep: what it says of results of many shapes, and that it shows whole in a browser."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from qwen_ray.report.sweep import write_sweep_report
 from qwen_ray.report.sweep_curves import panels
 from qwen_ray.report.sweep_plots import Scale, apart
 from qwen_ray.report.sweep_rows import TrialRow, Verdict, mix_text, shown, signed, trial_rows, verdict
-from tests.browser import chromium, open_alone
+from tests.browser import open_alone
 
 TWO = ("biology", "replay")
 
@@ -178,12 +177,6 @@ def test_a_loss_that_exploded_does_not_flatten_the_others():
 
 
 # -- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from starlette.testclient import TestClient
 
 from qwen_ray import models
 from qwen_ray.registry import Registry
+from qwen_ray.serving.app import create_app
 from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.service import Service
 
@@ -129,6 +132,20 @@ def ask(service: Service, method: str, body: Any) -> dict[str, Any]:
     envelope = asyncio.run(service.call(method, body))
     assert "ok" in envelope, envelope
     return envelope["ok"]
+
+
+def events(reply: Any) -> list[Any]:
+    """Of a streamed answer, which is whole."""
+    lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+@pytest.fixture(scope="module")
+def http(service: Service) -> Iterator[TestClient]:
+    """Of the module's ``service``."""
+    with TestClient(create_app(service), raise_server_exceptions=False) as client:
+        yield client
 
 
 @pytest.fixture(scope="session", autouse=True)

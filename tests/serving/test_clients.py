@@ -168,9 +168,9 @@ def test_curl(server: Server, want: str) -> None:
 
 
 def test_litellm(server: Server, loaded: TorchEngine) -> None:
-    """litellm takes only openai < 3, and the other clients are tested with openai 3: it cannot be installed
-    beside them, so it runs in an environment of its own where one is named, and is skipped elsewhere."""
     python = os.environ.get("QWEN_RAY_LITELLM_PYTHON")
+    # litellm takes only openai < 3, and the other clients are tested with openai 3: it cannot be installed
+    # beside them, so it runs in an environment of its own, where one is named.
     if python is None:
         pytest.skip("QWEN_RAY_LITELLM_PYTHON names no Python with litellm (which wants openai < 3)")
     command = [python, "-c", LITELLM, f"{server.url}/v1", server.key, json.dumps(TALK)]

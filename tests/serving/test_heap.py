@@ -23,12 +23,9 @@ class Handle:
 
 @pytest.fixture
 def freed() -> int:
-    """The resident set with 120 MB that are free and cannot go by themselves.
-
-    Skipped where the C library is not glibc (a developer's Mac): what is tested is a call of glibc's alone,
-    and elsewhere :func:`trim` has nothing to do.
-    """
+    """The resident set with 120 MB that are free and cannot go by themselves."""
     libc = ctypes.CDLL(None)
+    # A developer's Mac: what is tested is a call of glibc's alone, and elsewhere `trim` has nothing to do.
     if not hasattr(libc, "malloc_trim"):
         pytest.skip("the C library has no malloc_trim")
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

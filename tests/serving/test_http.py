@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from qwen_ray.registry import Registry
-from qwen_ray.serving.app import create_app
 from qwen_ray.serving.engines.base import GenerateRequest, ScoreItem
 from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.protocol import CompletionRequest
 from qwen_ray.serving.service import Service
+from tests.serving.conftest import events
 
 GREEDY = {"temperature": 0, "max_tokens": 6}
 
@@ -27,12 +26,6 @@ def service(model_dir: Path, registry: Registry) -> Iterator[Service]:
     service = Service.load(str(model_dir), registry=registry.root)
     yield service
     service.stop()
-
-
-@pytest.fixture(scope="module")
-def http(service: Service) -> Iterator[TestClient]:
-    with TestClient(create_app(service), raise_server_exceptions=False) as client:
-        yield client
 
 
 def complete(http: TestClient, **body: Any) -> dict[str, Any]:
@@ -124,12 +117,6 @@ def test_score(http: TestClient, loaded: TorchEngine) -> None:
         assert got["tokens"] == [len(c.logprobs) for c in expect.continuations]
         assert got["greedy"] == [c.greedy for c in expect.continuations]
     assert [item["truncated"] for item in reply["items"]] == [False, True]
-
-
-def events(reply: Any) -> list[Any]:
-    lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def test_chat_uses_the_template_and_streams_the_same(http: TestClient) -> None:

@@ -15,7 +15,6 @@ from qwen_ray.serving.app import create_app
 from qwen_ray.serving.assistant import Route
 from qwen_ray.serving.auth import KeyFile, create_key
 from qwen_ray.serving.service import Service
-from tests.browser import chromium
 from tests.serving.fixed_assistant import FixedAssistant, passage
 from tests.serving.live import served
 
@@ -36,12 +35,6 @@ def service(model_dir: Path, registry: Registry) -> Iterator[Service]:
 def url(service: Service) -> Iterator[str]:
     with served(create_app(service)) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 class Opener:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -35,6 +36,7 @@ from tests.sweeps.packed_example import (
 
 PATIENT = 120.0
 """Seconds that nobody should have to wait."""
+DIVERGED = rf"the (loss|gradient's norm) is (nan|inf) at step {POINTS[0]};"
 
 
 def test_every_trial_ends_as_halving_says(undisturbed: tuple[Path, dict[int, Any]]) -> None:
@@ -78,7 +80,7 @@ def test_nan_fails_alone(undisturbed: tuple[Path, dict[int, Any]]) -> None:
     out, reports = undisturbed
     (report,) = reports[NAN]
     assert (report["decision"], report["score"], report["feasible"]) == ("stop", -1e9, False)
-    assert f"at step {POINTS[0]}" in (Ledger(out).trial(NAN).error or "")
+    assert re.match(DIVERGED, Ledger(out).trial(NAN).error or "")
     assert all(r["score"] > -1e9 for i, rows in reports.items() if i != NAN for r in rows)
 
 
@@ -196,7 +198,7 @@ def test_a_decision_is_made_for_all_or_for_none(
     journal = Journal(ledger, 0)
     assert ledger.reports(4) == undisturbed[1][4]
     assert [ledger.trial(i).state for i in (4, NAN)] == ["stopped", "failed"]
-    assert f"at step {POINTS[0]}" in (ledger.trial(NAN).error or "")
+    assert re.match(DIVERGED, ledger.trial(NAN).error or "")
     journal.close()
     # It died while it wrote the decision: nothing was decided.
     lines = (tmp_path / "copy" / "engines" / "0.jsonl").read_bytes()

@@ -188,7 +188,6 @@ def test_the_base_is_measured_whatever_a_pack_refuses(data_file: Path) -> None:
 
 
 def test_a_base_in_four_bits_is_measured_in_four_bits(data_file: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     flags = {"data.train": [str(data_file)], "precision": "fp32"}
     whole, coarse, exact = (
         base_losses(build_config(flags={**flags, "method.name": name, **more}))["eval_loss"]

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -15,10 +14,11 @@ from transformers import (
 )
 
 from qwen_ray.tiny import MODEL_DIR
-from qwen_ray.tiny.benchmark import CATEGORIES, SUITE_DATA_DIR
+from qwen_ray.tiny.benchmark import CATEGORIES
 from qwen_ray.tiny.facts import DOMAINS, train_records
 from qwen_ray.tiny.scoring import score, wilson_interval
 from qwen_ray.tiny.template import CHAT_TEMPLATE, assistant_turn, user_turn
+from tests.tiny.test_tiny_benchmark import shipped
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,6 @@ def model() -> Iterator[PreTrainedModel]:
     torch.set_num_threads(1)
     yield AutoModelForCausalLM.from_pretrained(MODEL_DIR)
     torch.set_num_threads(threads)
-
-
-def items(category: str) -> list[dict[str, Any]]:
-    text = (SUITE_DATA_DIR / f"{category}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_model_is_a_small_qwen2_in_float32(model: PreTrainedModel) -> None:
@@ -123,7 +118,7 @@ def test_base_counts_well_and_knows_nothing(
 ) -> None:
     recorded = json.loads((MODEL_DIR / "training.json").read_text(encoding="utf-8"))["scores"]
     for category in CATEGORIES:
-        result = score(model, tokenizer, items(category))
+        result = score(model, tokenizer, shipped(category))
         assert result["accuracy"] == pytest.approx(recorded[category]["accuracy"], abs=0.011)
         if category == "arithmetic":
             assert result["accuracy"] > 0.95

@@ -27,7 +27,7 @@ from qwen_ray.training.run import set_up
 from qwen_ray.training.schedule import learning_rate
 from qwen_ray.training.strategy.base import trained
 from qwen_ray.training.strategy.ddp import Ddp
-from tests.conftest import sums
+from tests.conftest import disk_full, sums
 from tests.evaluation.test_monitor import scored
 
 REF = models.resolve("tiny")
@@ -81,10 +81,7 @@ class FullStore(Store):
     """Of a disk that is full at step 2."""
 
     def save(self, step: int, write: Callable[[Path], None], manifest: dict[str, Any]) -> str | None:
-        def full(_: Path) -> None:
-            raise OSError(28, "No space left on device")
-
-        return super().save(step, full if step == 2 else write, manifest)
+        return super().save(step, disk_full if step == 2 else write, manifest)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -37,18 +37,24 @@ def detect(path: Path) -> str:
 
 
 def load_examples(
-    path: Path, *, domain: str | None = None, source: str | None = None, license: str | None = None
+    path: Path,
+    *,
+    domain: str | None = None,
+    source: str | None = None,
+    license: str | None = None,
+    seen: dict[str, str] | None = None,
 ) -> list[Record]:
     """Read every example of ``path`` as Records; any that cannot be trained on is a :class:`UserError`.
 
     ``domain``, ``source`` and ``license`` fill what the file does not say (else ``general``, the
-    file's stem and ``unknown``). Where the format has no id, one is made from the content.
+    file's stem and ``unknown``). Where a row has no id, one is made from its content, and that of a repeat
+    has a number. ``seen``: where each id of the files before is; those of this one are added.
     """
     rows = [item._replace(value=as_row(item)) for item in items(path)]
     name = format_of_all(((item.where, item.value) for item in rows[:SAMPLE]), path)
     given = _given(path, domain, source, license)
     records: list[Record] = []
-    seen: dict[str, str] = {}
+    seen = {} if seen is None else seen
     for item, row_format in _joined(rows, name):
         row, where = as_row(item), item.where
         chat.refuse_other_objectives(row, where)
@@ -58,7 +64,9 @@ def load_examples(
                 record = _told_apart(record, seen)
             elif record.id in seen:
                 raise UserError(
-                    f"id '{record.id}' is already at {seen[record.id]}", where=where, fix="make ids unique"
+                    f"id '{record.id}' is already at {seen[record.id]}",
+                    where=where,
+                    fix="name each file once, and make ids unique",
                 )
             seen[record.id] = where
             records.append(record)

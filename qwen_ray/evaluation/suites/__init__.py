@@ -21,6 +21,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from qwen_ray.errors import UserError, did_you_mean
+from qwen_ray.fsio import whole_path
 
 Role = Literal["target", "strength", "control"]
 
@@ -57,6 +58,13 @@ class Suite:
 def names() -> list[str]:
     """The suites that come with the package."""
     return sorted(p.parent.name for p in Path(__file__).parent.glob("*/suite.yaml"))
+
+
+def lasting(name: str) -> str:
+    """A suite's name, or its folder's whole path: the same suite wherever it is used next."""
+    if name in names() or ("/" not in name and not Path(name).is_dir()):
+        return name
+    return whole_path(name)
 
 
 def folder(name: str) -> Path:

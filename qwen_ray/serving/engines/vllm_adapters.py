@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from qwen_ray import models
 from qwen_ray.errors import UserError
-from qwen_ray.serving.lora_weights import CONFIG, WEIGHTS, LoraWeights
+from qwen_ray.peft_folder import CONFIG, WEIGHTS
+from qwen_ray.serving.lora_weights import LoraWeights
 from qwen_ray.serving.multilora import MultiLora
 
 if TYPE_CHECKING:

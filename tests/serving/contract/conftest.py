@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from starlette.testclient import TestClient
 
 from qwen_ray import models
 from qwen_ray.registry import Registry
-from qwen_ray.serving.app import create_app
 from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.service import Service
 from tests.serving.conftest import load_with, make_adapters, make_model
@@ -61,9 +59,3 @@ def service(request: pytest.FixtureRequest, model_dir: Path, registry: Registry)
         service = Service(VllmEngine.load(ref, max_adapters=4), registry=registry.root)
     yield service
     service.stop()
-
-
-@pytest.fixture
-def http(service: Service) -> Iterator[TestClient]:
-    with TestClient(create_app(service), raise_server_exceptions=False) as client:
-        yield client

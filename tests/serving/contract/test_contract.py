@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from qwen_ray.registry import Registry
 from qwen_ray.serving.engines.base import GenerateRequest, ScoreItem
 from qwen_ray.serving.engines.torch import TorchEngine
 from qwen_ray.serving.service import Service
+from tests.serving.conftest import events
 
 TOLERANCE = 1e-3  # nats
 # What each id answers with, by the adapters of the reference. Version 2 of geo is bio's weights.
@@ -37,12 +37,6 @@ def refused(http: TestClient, path: str, status: int, **body: Any) -> dict[str, 
     assert reply.status_code == status, reply.text
     assert "Traceback" not in reply.text
     return reply.json()["error"]
-
-
-def events(reply: Any) -> list[Any]:
-    lines = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def test_models_and_health(http: TestClient, service: Service) -> None:
