@@ -101,6 +101,7 @@ def user(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> User:
     return found
 
 
+@pytest.mark.long
 def test_a_run_and_a_sweep_are_stopped_and_resumed_by_the_same_commands(user: User, tmp_path: Path) -> None:
     """Both at one time, from folders of their own: nodes of one machine share the place where Ray unpacks a
     folder, and each unpacks it anew. Between stop and resumption another file changes, so that it is unpacked

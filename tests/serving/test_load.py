@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serve_load.py"
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
+@pytest.mark.long
 def test_too_much_load_is_refused_at_once_and_the_rest_answered(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--quick", "--out", str(tmp_path / "load.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
