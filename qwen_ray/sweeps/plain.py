@@ -8,6 +8,7 @@ first and then goes on from its checkpoint.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from pathlib import Path
@@ -32,6 +33,10 @@ from qwen_ray.sweeps.trial import fit
 from qwen_ray.training.driver import run_training
 from qwen_ray.training.tracking import read_metrics
 
+log = logging.getLogger(__name__)
+
+_CONTROLLER, _LEFTOVER_SECONDS = "TrainController", 30.0
+"""Ray Train's actor that reserves what a run's workers need; how long to wait till the stopped ones end."""
 _DRIVER_MEMORY = 256 * 1024**2
 """What the driver of a run with workers reserves, in bytes. A CPU would be one that its workers lack."""
 _REPORTED = (
@@ -76,18 +81,36 @@ def _remove_leftovers() -> None:
 
     Ray Train leaves that to a process which looks for the cluster by itself, and gives up where there are
     several on the machine (Ray 2.60). All trials have ended by now, and a placement group's id ends with that
-    of the job, so whatever there is of this job is left over.
+    of the job, so whatever there is of this job is left over. A run's controller may outlive its trial by a
+    moment, and would reserve again what is taken from it: so until none is left.
     """
     import ray
+    from ray._private.state import actors
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
     if not ray.is_initialized():  # after Ctrl-C
         return
     job = ray.get_runtime_context().get_job_id()
-    for found in placement_group_table().values():
-        if found["state"] != "REMOVED" and found["placement_group_id"].endswith(job):
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(found["placement_group_id"])))
+    deadline = time.monotonic() + _LEFTOVER_SECONDS
+    while True:
+        controllers = any(
+            actor["ActorClassName"] == _CONTROLLER and actor["State"] != "DEAD"
+            for actor in actors(job_id=ray.JobID.from_hex(job)).values()
+        )
+        groups = [
+            group["placement_group_id"]
+            for group in placement_group_table().values()
+            if group["state"] != "REMOVED" and group["placement_group_id"].endswith(job)
+        ]
+        for group in groups:
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+        if not (controllers or groups):
+            return
+        if time.monotonic() > deadline:
+            log.warning("after %g s runs that were stopped still hold resources", _LEFTOVER_SECONDS)
+            return
+        time.sleep(0.2)
 
 
 def _room(spec: SweepConfig, run: RunConfig) -> tuple[dict[str, float], int]:
