@@ -15,7 +15,7 @@ import torch
 
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import read_json
-from qwen_ray.peft_folder import CHANGES_BASE, CONFIG, WEIGHTS
+from qwen_ray.peft_folder import CHANGES_BASE, CONFIG, WEIGHTS, check_tensor
 
 _KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 _MERGE = "merge it into the base model (PeftModel.merge_and_unload) and serve that model"
@@ -158,10 +158,7 @@ def check_finite(folder: Path) -> None:
     path = folder / WEIGHTS
     with _opened(path) as f:
         for key in f.keys():  # noqa: SIM118
-            if not torch.isfinite(f.get_tensor(key)).all():
-                raise UserError(
-                    f"'{key}' holds NaN or infinity", where=str(path), fix="train it again", status=409
-                )
+            check_tensor(key, f.get_tensor(key), path)
 
 
 def _read_tensors(path: Path) -> dict[str, dict[str, torch.Tensor]]:

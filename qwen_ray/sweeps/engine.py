@@ -306,8 +306,8 @@ class EngineCore:
     def _proposed(self) -> tuple[list[int], bool]:
         """The trials that have been proposed and never took part, and whether more will be."""
         i, found = self.number, list[int]()
-        while i in self._members or self._journal.ended(i) or self._ledger.has(i):
-            if not (i in self._members or self._journal.ended(i) or i in self._away or self._has_failed(i)):
+        while (known := i in self._members or self._journal.ended(i)) or self._ledger.has(i):
+            if not (known or i in self._away or self._has_failed(i)):
                 found.append(i)
             i += self.spec.trials.engines
         return found, i < self.spec.search.trials

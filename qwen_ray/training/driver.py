@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ray import __version__, cluster, combinations, models
-from qwen_ray.config import RunConfig, read_config
+from qwen_ray.config import RunConfig, get, put, read_config
 from qwen_ray.data.dataset import load_splits, make_mixture
 from qwen_ray.errors import UserError
 from qwen_ray.evaluation import suites
@@ -117,29 +117,28 @@ def run_training(
 
 def absolute(config: RunConfig) -> RunConfig:
     """Workers run in folders of their own, so every path must be whole."""
-    config = config.model_copy(deep=True)
-    config.out = whole_path(config.out)
-    config.data.train = [whole_path(path) for path in config.data.train]
-    config.data.validation = [whole_path(path) for path in config.data.validation]
-    evaluate, strategy = config.evaluate, config.strategy
-    evaluate.suites = [suites.lasting(suite) for suite in evaluate.suites]
-    evaluate.suites_data_dir = evaluate.suites_data_dir and whole_path(evaluate.suites_data_dir)
-    strategy.nvme_path = strategy.nvme_path and whole_path(strategy.nvme_path)
-    folder = whole_path(config.model.name)
-    if models.resolve(config.model.name).location == folder:  # not an alias, whatever folders there are
-        config.model.name = folder
-    return config
+    tree = config.model_dump(mode="json")
+    for key, lasting in PATHS.items():
+        if value := get(tree, key, None):
+            whole = [lasting(each) for each in value] if isinstance(value, list) else lasting(value)
+            put(tree, key, whole, where=key)
+    return RunConfig.model_validate({**tree, "out": whole_path(config.out)})
 
 
-PATHS = (
-    "model.name",
-    "data.train",
-    "data.validation",
-    "evaluate.suites",
-    "evaluate.suites_data_dir",
-    "strategy.nvme_path",
-)
-"""What :func:`absolute` makes whole, beside ``out``."""
+def _lasting_model(name: str) -> str:
+    folder = whole_path(name)  # but for an alias, whatever folders there are
+    return folder if models.resolve(name).location == folder else name
+
+
+PATHS: dict[str, Callable[[str], str]] = {
+    "model.name": _lasting_model,
+    "data.train": whole_path,
+    "data.validation": whole_path,
+    "evaluate.suites": suites.lasting,
+    "evaluate.suites_data_dir": whole_path,
+    "strategy.nvme_path": whole_path,
+}
+"""Keys of what :func:`absolute` makes whole beside ``out``, and how."""
 
 
 def _decided(config: RunConfig) -> RunConfig:

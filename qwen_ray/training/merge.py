@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_ray import __version__, models
 from qwen_ray.errors import UserError
 from qwen_ray.fsio import new_folder, read_json, sha256_file, sha256_json, write_json
-from qwen_ray.peft_folder import CHANGES_BASE, CONFIG, WEIGHTS
+from qwen_ray.peft_folder import CHANGES_BASE, CONFIG, WEIGHTS, check_tensor
 from qwen_ray.registry import LINEAGE
 
 if TYPE_CHECKING:
@@ -140,7 +140,6 @@ def _read(folder: Path, weight: float, fingerprint: str) -> _Adapter:
 
 
 def _read_tensors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -159,8 +158,7 @@ def _read_tensors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
                 where=str(path),
                 fix="use PeftModel.merge_and_unload",
             )
-        if not torch.isfinite(value).all():
-            raise UserError(f"'{key}' holds NaN or infinity", where=str(path), fix="train it again")
+        check_tensor(key, value, path)
         layers.setdefault(match[1], {})[match[2][0]] = value.float()
     return layers
 

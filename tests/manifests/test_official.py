@@ -46,10 +46,10 @@ def test_the_production_profile_is_for_production_only(tmp_path):
     assert {"run-as-non-root", "token-auth", "disruption-budget", "job-deadline", "feature-gate"} <= rules
 
 
+# The releases' own files are megabytes, which the repository does not hold: what is packed is made of them,
+# and every other test here runs on the packed ones.
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the releases' CRD files are not here")
 def test_the_packed_definitions_are_those_of_the_releases():
-    """Skipped where the releases' own files are not: they are megabytes, and what is packed is made of them.
-    Every other test here runs on the packed ones."""
     files = pack.packed(sorted(SHARED.rglob("crds/*.yaml")))
 
     assert {name: (schema.FOLDER / name).read_bytes() for name in files} == files
